@@ -1,0 +1,79 @@
+# The same names for people and CI; `make` alone lists them. Needed: make, git and Python 3.11 or later.
+#   make train ARGS="-p lr 1e-3"      more words for the command behind a target
+#   make test PYTHON=python3.12       another interpreter      (VENV=.venv-312 keeps its environment apart)
+
+VENV ?= .venv
+ARGS ?=
+# the first interpreter on PATH that is new enough; a shim that answers nothing is passed over
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
+
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+BASE := $(VENV)/base.stamp
+DEV := $(VENV)/dev.stamp
+
+# A python3 kernel of the user's own must not stand in for this environment's.
+export JUPYTER_PREFER_ENV_PATH = 1
+# OpenMP threads that spin while they wait collapse beside a busy neighbour.
+QUIET_THREADS := OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive}
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format notebooks lab docs bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(DEV) ## make .venv with everything that tests, lint and docs need
+	@echo "ready: make train, make test, make lab; or activate $(BIN) and use papermill, project, pytest"
+
+train: $(BASE) ## train the default model: papermill nbs/train.ipynb, ARGS="-p lr 1e-3" to change it
+	@mkdir -p out
+	$(QUIET_THREADS) "$(BIN)/papermill" nbs/train.ipynb out/train.ipynb $(ARGS)
+
+test: $(DEV) ## run every notebook and every test, with coverage; ARGS="nbs/00_core.ipynb" for one
+	"$(BIN)/pytest" $(ARGS)
+
+# ruff reads notebooks itself; mypy through nbqa adds names, attributes and calls in lessons and runs. What they export is checked
+# strictly in project/; a lesson may show a wrong type, index an optional value, and define a name again.
+LESSONS := --disable-error-code=arg-type --disable-error-code=index --disable-error-code=union-attr \
+	--disable-error-code=operator --disable-error-code=no-redef --disable-error-code=unused-ignore
+
+lint: $(DEV) ## ruff, types, notebooks' types, workflows
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy"
+	"$(BIN)/nbqa" mypy nbs $(LESSONS)
+	"$(BIN)/actionlint"
+	"$(BIN)/zizmor" --offline --quiet .github
+
+format: $(DEV) ## let ruff put notebooks, tests and scripts in order
+	"$(BIN)/ruff" check --fix .
+	"$(BIN)/ruff" format .
+
+notebooks: $(DEV) ## clean the notebooks, export project/, write README.md
+	"$(BIN)/nbdev_clean"
+	"$(BIN)/nbdev_export"
+	"$(BIN)/python" .ci/readme.py
+
+lab: $(BASE) ## JupyterLab here, with this environment as the kernel named python3
+	$(QUIET_THREADS) "$(BIN)/jupyter-lab" $(ARGS)
+
+docs: $(DEV) ## build the site into _docs/: with Quarto where there is one, else with the stand-in
+	"$(BIN)/python" .ci/docs.py
+
+bench: $(BASE) ## time it: ratios against the plain way, never a test; ARGS go to each benchmark
+	@for b in benchmarks/*.py; do echo "== $$b"; $(QUIET_THREADS) "$(BIN)/python" "$$b" $(ARGS) || exit 1; done
+
+clean: ## remove what was built; CLEAN_ALL=1 also data/, runs/, out/ and the environment
+	rm -rf _proc _docs build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache project.egg-info
+	find nbs project tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	$(if $(CLEAN_ALL),rm -rf data runs out wandb "$(VENV)")
+
+# An environment is made anew when its Python is gone, and installed into when settings.ini or setup.py say something new.
+$(BASE) $(DEV): $(VENV)/%.stamp: settings.ini setup.py
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later on PATH: install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" .ci/install.py "$(VENV)" $*

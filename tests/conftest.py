@@ -1,0 +1,48 @@
+"""Fixtures for every test: folders of its own, and the process's global state as it was before."""
+
+import random
+import sys
+
+import pytest
+from pytest_notebooks import ROOT, isolated_environment
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    """Data, runs, cache and W&B in a folder of this test's own; the committed sample as the source."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name, value in isolated_environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """Give back what a test may have changed for all: random state, torch's defaults, matplotlib's figures."""
+    state = random.getstate()
+    torch = sys.modules.get("torch")
+    if torch:
+        dtype, threads, strict = (
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+    yield
+    random.setstate(state)
+    if torch:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
+
+
+@pytest.fixture(scope="session")
+def root():
+    """Top of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def samples():
+    """The folder of committed samples: `<task>/<published file>`."""
+    return ROOT / "tests" / "samples"

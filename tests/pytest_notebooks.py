@@ -1,0 +1,194 @@
+"""Pytest plugin: each notebook of nbs/ is a test, run in a process of its own, away from the user's data, runs and W&B.
+
+A library notebook runs the way nbdev_test runs it (run_notebook.py); a run notebook, one with a `parameters` cell, runs
+through papermill on the committed sample. Coverage is measured when everything runs, not when a part was asked for.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 240  # for one notebook; far above what any takes, so that only a hang meets it
+OWN_GROUP = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}  # a new process group
+SMOKE = {"limit_batches": "5"}  # parameters that make a run small, given to notebooks that have them
+NEEDS = {"evaluate.ipynb": "train.ipynb"}  # a notebook that works on what another one leaves
+
+
+def isolated_environment(folder):
+    """Environment variables that keep everything a test writes in `folder`, and the network out of it."""
+    folders = {
+        "PROJECT_DATA": "data",
+        "PROJECT_RUNS": "runs",
+        "PROJECT_CACHE": "cache",
+        "WANDB_DIR": "wandb",
+        "WANDB_CACHE_DIR": "wandb",
+        "WANDB_CONFIG_DIR": "wandb",
+        "WANDB_DATA_DIR": "wandb",
+        "XDG_CONFIG_HOME": "config",
+        "IPYTHONDIR": "ipython",
+        "JUPYTER_CONFIG_DIR": "jupyter",
+        "JUPYTER_DATA_DIR": "jupyter",
+        "JUPYTER_RUNTIME_DIR": "jupyter",
+    }
+    paths = {name: str(folder / sub) for name, sub in folders.items()}
+    fixed = {
+        "PROJECT_SOURCE": str(ROOT / "tests" / "samples"),
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "MPLBACKEND": "agg",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    return paths | fixed
+
+
+def pytest_load_initial_conftests(early_config):
+    """Measure coverage only when everything runs: a part of the tests says nothing about the whole."""
+    options = early_config.known_args_namespace
+    given = early_config.invocation_params.args
+    chosen = ("file_or_dir", "keyword", "markexpr", "lf", "deselect", "collectonly")
+    if any(getattr(options, name) for name in chosen) and not any(str(arg).startswith("--cov") for arg in given):
+        options.no_cov = True
+
+
+def pytest_configure(config):
+    """One scratch folder a session; kernels and commands inherit it through the environment."""
+    config.scratch = Path(tempfile.mkdtemp(prefix="project-tests-"))
+    config.environment_before = dict(os.environ)
+    for name in ("WANDB_API_KEY", "PROJECT_ROOT"):
+        os.environ.pop(name, None)
+    os.environ.update(isolated_environment(config.scratch))
+    config.executed = {}  # run notebooks already run in this session: some need what another leaves
+
+
+def pytest_unconfigure(config):
+    """Leave the environment as it was, and no scratch folder."""
+    if hasattr(config, "scratch"):
+        os.environ.clear()
+        os.environ.update(config.environment_before)
+        shutil.rmtree(config.scratch, ignore_errors=True)
+
+
+def pytest_collect_file(file_path, parent):
+    """A notebook directly in nbs/ is a test file."""
+    if file_path.suffix == ".ipynb" and file_path.parent == ROOT / "nbs":
+        return NotebookFile.from_parent(parent, path=file_path)
+    return None
+
+
+def parameters_cell(path):
+    """The source of the cell tagged `parameters`, or None."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    tagged = (c for c in cells if "parameters" in c["metadata"].get("tags", []))
+    return next(("".join(c["source"]) for c in tagged), None)
+
+
+class NotebookError(Exception):
+    """A notebook that did not run as it should; the message is the whole report."""
+
+
+class NotebookFile(pytest.File):
+    """One notebook, one test."""
+
+    def collect(self):
+        """Yield the notebook as a run or as a lesson."""
+        kind = LessonItem if parameters_cell(self.path) is None else RunItem
+        yield kind.from_parent(self, name="run")
+
+
+class NotebookItem(pytest.Item):
+    """Runs a command in a process group of its own and ends the whole group when time is up."""
+
+    def reportinfo(self):
+        """Where the test is, in pytest's words."""
+        return self.path, None, self.path.name
+
+    def repr_failure(self, excinfo):
+        """The notebook's own report instead of this file's traceback."""
+        return str(excinfo.value) if isinstance(excinfo.value, NotebookError) else super().repr_failure(excinfo)
+
+    def execute(self, command, cwd):
+        """The output of `command`; NotebookError when it fails or takes too long."""
+        started = time.monotonic()
+        # a file, not a pipe: a kernel left behind would keep a pipe open, and reading it would wait for ever
+        with tempfile.TemporaryFile(dir=self.config.scratch) as log:
+            process = subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **OWN_GROUP)
+            try:
+                status = process.wait(SECONDS)
+            except BaseException:  # also Ctrl-C: nothing of ours may outlive the test
+                status = None
+                raise
+            finally:
+                if status is None:
+                    end_group(process)
+                log.seek(0)
+                self.output = log.read().decode("utf-8", "replace").replace("\r\n", "\n")
+        if status:
+            raise NotebookError(f"{self.path.name} failed after {time.monotonic() - started:.0f} s\n\n{self.output}")
+        return self.output
+
+
+def end_group(process):
+    """End a process and everything it started."""
+    if os.name == "posix":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True, check=False)
+    process.wait()
+
+
+class LessonItem(NotebookItem):
+    """A library notebook, or the front page: run as nbdev_test runs it, its exported cells measured as the module's."""
+
+    def runtest(self):
+        """Run it in nbs/, with pytest's own list of warnings that are no errors."""
+        filters = json.dumps(self.config.getini("filterwarnings"))
+        try:
+            runner = ROOT / "tests" / "run_notebook.py"
+            self.execute([sys.executable, runner, self.path, filters, str(SECONDS)], cwd=self.path.parent)
+        except subprocess.TimeoutExpired:
+            raise NotebookError(f"{self.path.name} was ended after {SECONDS} s\n\n{self.output}") from None
+
+
+class RunItem(NotebookItem):
+    """A run notebook: papermill on the sample, from a folder that is not the checkout."""
+
+    def runtest(self):
+        """Run what it needs, then itself; a warning that it shows is an error."""
+        for name in (NEEDS.get(self.path.name), self.path.name):
+            if name and name not in self.config.executed:
+                self.config.executed[name] = self.papermill(self.path.with_name(name))
+        cells = json.loads(self.config.executed[self.path.name].read_text(encoding="utf-8"))["cells"]
+        outputs = [(cell, output) for cell in cells for output in cell.get("outputs", [])]
+        for cell, output in outputs:
+            text = "".join(output.get("text", ""))
+            if output.get("name") == "stderr" and re.search(r"\b\w*Warning: ", text):
+                raise NotebookError(f"{self.path.name} shows a warning\n\n{''.join(cell['source'])}\n\n{text}")
+
+    def papermill(self, path):
+        """Execute one run notebook; the path of the result."""
+        elsewhere = self.config.scratch / "elsewhere"
+        elsewhere.mkdir(exist_ok=True)
+        out = elsewhere / path.name
+        known = parameters_cell(path) or ""
+        small = {name: value for name, value in SMOKE.items() if re.search(rf"^{name}\b", known, re.M)}
+        smoke = [word for name, value in small.items() for word in ("-p", name, value)]
+        command = [sys.executable, "-m", "papermill", path, out, "--no-progress-bar", "--kernel", "python3", *smoke]
+        try:
+            self.execute(command, cwd=elsewhere)
+        except subprocess.TimeoutExpired:
+            cells = json.loads(out.read_text(encoding="utf-8"))["cells"] if out.exists() else []
+            running = [c for c in cells if c["metadata"].get("papermill", {}).get("status") == "running"]
+            source = "".join("".join(cell["source"]) for cell in running)
+            raise NotebookError(f"{path.name} was ended after {SECONDS} s in this cell:\n\n{source}") from None
+        return out
