@@ -66,7 +66,9 @@ def data_build(task: str, source: str, force: bool) -> None:
     from project.data.store import build
 
     built = build(task, source=source or None, force=force)
-    click.echo(f"{built!r}\n{show_path(built.path)}")
+    click.echo(f"{built!r}\nin {show_path(built.path)}, from {built.origin or 'what was there already'}")
+    if built.dvc:
+        click.echo(built.dvc)
 
 
 @data.command("show")

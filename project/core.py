@@ -260,6 +260,7 @@ class _Lines:
         self.n: float = 0
         self.info: dict[str, Any] = {}
         self.start = self.last = time.monotonic()
+        self.said: float = 0
 
     def update(self, n: float = 1, **info: Any) -> None:
         "Note that `n` more are done, and what to show beside them."
@@ -269,7 +270,7 @@ class _Lines:
             self._print()
 
     def _print(self) -> None:
-        self.last = time.monotonic()
+        self.last, self.said = time.monotonic(), self.n
         took = self.last - self.start
         done = f"{self.n:g}" + (f"/{self.total:g}" if self.total else "") + (f" {self.unit}" if self.unit else "")
         left = f", {_duration(took / self.n * (self.total - self.n))} left" if self.total and self.n else ""
@@ -277,8 +278,8 @@ class _Lines:
         print(f"{self.desc}: {done}, {_duration(took)}{left}{info}", file=self.file or sys.stderr, flush=True)
 
     def close(self) -> None:
-        "Say how it ended, if anything was said before."
-        if self.last > self.start:
+        "Say how it ended, if anything was said before and more was done since."
+        if 0 < self.said < self.n:
             self._print()
 
     def __enter__(self) -> "_Lines":

@@ -64,7 +64,8 @@ def show_history(
         for name in names:
             points = [(row[x], row[name]) for row in rows if row.get(name) is not None and row.get(x) is not None]
             if points:
-                ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+                few = len(points) < 50
+                ax.plot(*zip(*points, strict=True), marker="o" if few else None, markersize=3, linewidth=1.5 if few else 0.7, label=name)
         ax.set_xlabel(x)
         ax.grid(alpha=0.3)
         if ax.lines:

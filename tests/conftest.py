@@ -8,10 +8,10 @@ from pytest_notebooks import ROOT, isolated_environment
 
 
 @pytest.fixture(autouse=True)
-def isolated(tmp_path, monkeypatch):
+def isolated(tmp_path_factory, monkeypatch):
     """Data, runs, cache and W&B in a folder of this test's own; the committed sample as the source."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    for name, value in isolated_environment(tmp_path / "home").items():
+    for name, value in isolated_environment(tmp_path_factory.mktemp("home")).items():
         monkeypatch.setenv(name, value)
 
 

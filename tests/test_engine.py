@@ -16,7 +16,9 @@ OPEN = "from project.runs.record import start_run\nrun = start_run('t', notebook
 
 def papermill(tmp_path: Path, *cells: str, code: str = "") -> subprocess.CompletedProcess:
     """Write a notebook of these cells and run it with the papermill command (or with `code` before it)."""
-    nb = new_notebook(cells=[new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
+    nb = new_notebook(
+        cells=[new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3"}}
+    )
     nbformat.write(nb, tmp_path / "in.ipynb")
     call = f"{code}\nimport sys; from papermill.__main__ import papermill; sys.argv[0] = 'papermill'; papermill()"
     env = {**os.environ, "PROJECT_RUNS": str(tmp_path / "runs")}
@@ -63,7 +65,9 @@ def test_the_engine_is_the_default_whichever_is_imported_first(tmp_path):
 
 
 def test_what_is_to_be_done_then_is_done_once_the_notebook_is_whole(tmp_path):
-    (tmp_path / "later.py").write_text("from pathlib import Path\ndef note(run): Path(run, 'then').write_text(str(Path(run, 'notebook.ipynb').exists()))")
+    (tmp_path / "later.py").write_text(
+        "from pathlib import Path\ndef note(run): Path(run, 'then').write_text(str(Path(run, 'notebook.ipynb').exists()))"
+    )
     then = "from project.runs.engine import leave_note; leave_note(run.path, 'later:note')"
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
     done = papermill(tmp_path, OPEN, then, "run.finish()", code=code)

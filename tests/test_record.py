@@ -82,7 +82,15 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
 
 
 def test_parameters_are_the_json_values():
-    namespace = {"lr": 0.1, "names": ["a"], "nested": {"a": [1, None]}, "bad": {1: 2}, "f": print, "_private": 1, "Out": {}}
+    namespace = {
+        "lr": 0.1,
+        "names": ["a"],
+        "nested": {"a": [1, None]},
+        "bad": {1: 2},
+        "f": print,
+        "_private": 1,
+        "Out": {},
+    }
     assert parameters(namespace) == {"lr": 0.1, "names": ["a"], "nested": {"a": [1, None]}}
 
 

@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from project.bundle.manifest import (
     FORMAT,
+    MANIFEST,
     Bundle,
     BundleError,
+    _check_fields,
+    _check_name,
     onnx_session,
     open_bundle,
     run_bundle,
@@ -32,10 +35,6 @@ from project.bundle.manifest import (
     write_manifest,
 )
 from ..core import show_path
-
-# %% ../../nbs/52_bundle.export.ipynb #ea4d3218
-if TYPE_CHECKING:
-    import onnx
 
 # %% ../../nbs/52_bundle.export.ipynb #e5bfb820
 class ExportError(BundleError):
@@ -51,15 +50,15 @@ class _Served(nn.Module):
 
     def answer(self, x: Tensor) -> tuple[Tensor, Tensor]:
         e = self.net.embed(x)  # type: ignore[operator]
-        return self.net.head(e), e  # type: ignore[operator]
+        return (self.net.head(e) / self.temperature).softmax(1), e  # type: ignore[operator]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = _channels_first(images)
-        logits, e = self.answer(x)  # (B, K), (B, E)
+        p, e = self.answer(x)  # (B, K), (B, E)
         if self.tta == "flip":
-            mirrored, e2 = self.answer(x.flip(3))
-            logits, e = (logits + mirrored) / 2, (e + e2) / 2
-        return (logits / self.temperature).softmax(1), e
+            p2, e2 = self.answer(x.flip(3))
+            p, e = (p + p2) / 2, (e + e2) / 2
+        return p, e
 
 
 def _channels_first(
@@ -121,8 +120,7 @@ def _torch_answers(
     for i in range(0, len(images), batch_size):
         x = _channels_first(torch.tensor(images[i : i + batch_size]))
         views = [x, x.flip(3)] if tta == "flip" else [x]
-        logits = torch.stack([net(v) for v in views]).mean(0)
-        probabilities.append((logits / temperature).softmax(1).numpy())
+        probabilities.append(torch.stack([(net(v) / temperature).softmax(1) for v in views]).mean(0).numpy())
         embeddings.append(torch.stack([net.embed(v) for v in views]).mean(0).numpy())  # type: ignore[operator]
     return np.concatenate(probabilities), np.concatenate(embeddings)
 
@@ -158,7 +156,7 @@ def _to_onnx(
     served: _Served,  # the network, wrapped
     example: np.ndarray,  # two images
     properties: dict[str, str],  # what goes into the file beside the graph
-) -> "onnx.ModelProto":  # complete in itself
+) -> Any:  # an onnx.ModelProto, complete in itself
     "Export with a batch of any length."
     import onnx
 
@@ -204,11 +202,11 @@ def _differences(
     if not apart[worst] <= tolerance or other.any():  # `not <=`: NaN is not within any tolerance
         torch_says, onnx_says = (f"class {p[worst].argmax()} with {p[worst].max():.4f}" for p in (expected, found))
         raise ExportError(
-            f"{what}: the exported model does not answer as the network does: another first choice on {int(other.sum())} of "
-            f"{len(other)} images; probabilities differ by up to {apart[worst]:.2g} (allowed {tolerance:g}), at image {worst}, "
-            f"where torch says {torch_says} and onnxruntime {onnx_says}.\n"
+            f"{what}: the exported model does not answer as the network does: another first choice on "
+            f"{int(other.sum())} of {len(other)} images; probabilities differ by up to {apart[worst]:.2g} "
+            f"(allowed {tolerance:g}), at image {worst}, where torch says {torch_says} and onnxruntime {onnx_says}.\n"
             "Usual reasons: dropout or noise that stays on in evaluation mode, a layer that mixes the rows of a batch, "
-            "branches on values, weights that are not finite, a forward that is not head(embed(x))."
+            "branches on values, a forward that is not head(embed(x))."
         )
     return float(apart[worst]), int(tied.sum())
 
@@ -234,15 +232,100 @@ def _parity(
                 f"batch of {size}: onnxruntime cannot run the exported model: {e}\n"
                 "Usual reason: the network fixes the batch to one size, in a reshape or a view."
             ) from e
-        apart, ties = _differences(expected[0][rows], probabilities, tolerance, f"batch of {size}")
+        if (probabilities.shape, embedding.shape) != (expected[0][rows].shape, expected[1][rows].shape):
+            raise ExportError(
+                f"batch of {size}: expected one answer an image, found shapes {probabilities.shape} and "
+                f"{embedding.shape}.\n"
+                "Usual reason: the network fixes the batch to one size, in a reshape or a view."
+            )
+        apart, tied = _differences(expected[0][rows], probabilities, tolerance, f"batch of {size}")
         scale = float(np.abs(expected[1]).max()) or 1.0
         off = float(np.abs(expected[1][rows] - embedding).max()) / scale
         if not off <= 1e-3:
             raise ExportError(
                 f"batch of {size}: the embedding differs by {off:.2g} of its largest value (allowed 0.001)"
             )
-        largest = max(largest, apart)
+        largest, ties = max(largest, apart), tied if size == n else ties
     return {"rows": n, "largest_difference": largest, "tolerance": tolerance, "ties": ties, "batch_sizes": [n, 1, 2, 7]}
+
+# %% ../../nbs/52_bundle.export.ipynb #bf4f39df
+def _specification(
+    net: nn.Module,  # the frozen copy
+    images: np.ndarray,  # real images
+    expected: tuple[np.ndarray, np.ndarray],  # what torch answers to them
+    classes: list[str],  # class names
+) -> dict[str, Any]:  # the manifest's fields on input, outputs and size
+    "What goes in and what comes out; the answers' width must be the number of class names."
+    n, shapes = len(images), [answer.shape for answer in expected]
+    if any(len(shape) != 2 or shape[0] != n for shape in shapes):
+        raise ExportError(
+            f"net: expected logits and an embedding of shape ({n}, …) each, one row an image, found {shapes}"
+        )
+    if not all(np.isfinite(answer).all() for answer in expected):
+        raise ExportError(
+            "net: expected finite answers to the images given, found NaN or infinity. "
+            "Its weights or its scaling are broken."
+        )
+    k, width = shapes[0][1], shapes[1][1]
+    if k != len(classes):
+        raise ExportError(
+            f"classes: expected as many names as the network has outputs, found {len(classes)} names and {k} outputs. "
+            "Give the class names of the data it was trained on."
+        )
+    grey = images.ndim == 3
+    return {
+        "input": {
+            "name": "images",
+            "dtype": "uint8",
+            "layout": "NHW" if grey else "NHWC",
+            "shape": [None, *images.shape[1:]],
+            "channels": 1 if grey else images.shape[3],
+        },
+        "outputs": {
+            "probabilities": {"dtype": "float32", "shape": [None, k]},
+            "embedding": {"dtype": "float32", "shape": [None, width]},
+        },
+        "parameters": sum(p.numel() for p in net.parameters()),
+    }
+
+# %% ../../nbs/52_bundle.export.ipynb #bc512394
+def _write_files(
+    served: _Served,  # the network, wrapped
+    folder: Path,  # where to
+    images: np.ndarray,  # real images
+    fields: dict[str, Any],  # the manifest so far
+) -> None:
+    "model.onnx and weights.safetensors."
+    from safetensors.torch import save_file
+
+    note = {
+        "format": str(FORMAT),
+        "task": fields["task"],
+        "classes": json.dumps(fields["classes"], ensure_ascii=False),
+        "input": json.dumps(fields["input"]),
+        "tta": served.tta,
+        "temperature": str(served.temperature),
+    }
+    graph = _to_onnx(served, images[np.arange(2) % len(images)], note)
+    (folder / "model.onnx").write_bytes(graph.SerializeToString(deterministic=True))
+    state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in served.net.state_dict().items()}
+    save_file(state, folder / "weights.safetensors", {"format": "pt"})
+
+
+def _take_along(
+    files: Iterable[str | Path],  # files for the bundle
+    folder: Path,  # the new bundle's folder, still empty
+) -> None:
+    "Copy the files that come along, under their own names."
+    for file in map(Path, files):
+        _check_name(file.name, show_path(file))
+        if file.name in ("model.onnx", "weights.safetensors", MANIFEST) or (folder / file.name).exists():
+            raise ExportError(
+                f"extra_files: {file.name}: expected a name of its own, found one that the bundle uses. Rename it."
+            )
+        if not file.is_file():
+            raise ExportError(f"extra_files: {show_path(file)}: expected a file, found none.")
+        shutil.copyfile(file, folder / file.name)
 
 # %% ../../nbs/52_bundle.export.ipynb #e07c7efd
 def export_bundle(
@@ -269,78 +352,22 @@ def export_bundle(
     classes = list(classes)
     _check_request(net, images, classes, tta, temperature)
     with staged(path, replace) as new:
+        _take_along(extra_files, new)
         frozen = _frozen_copy(net)
-        expected = _torch_answers(frozen, images, tta, temperature, batch_size)
+        try:
+            expected = _torch_answers(frozen, images, tta, temperature, batch_size)
+        except RuntimeError as e:
+            raise ExportError(
+                f"net: expected a network that takes these images, uint8 (B, C, H, W), found that it fails: {e}"
+            ) from e
         fields |= _specification(frozen, images, expected, classes)
         fields.update(task=task, kind="image", classes=classes, model=model, metrics=metrics or {}, tta=tta)
         fields.update(run=run, commit=commit, data_hash=data_hash, temperature=temperature)
-        _write_files(_Served(frozen, tta, temperature).eval(), new, images, fields, extra_files)
+        _check_fields(fields, show_path(path))
+        _write_files(_Served(frozen, tta, temperature).eval(), new, images, fields)
         draft = write_manifest(new, **fields)
         write_manifest(new, **fields, parity=_parity(draft, images, expected, tolerance, batch_size))
     return open_bundle(path, verify=False)
-
-# %% ../../nbs/52_bundle.export.ipynb #54c96d65
-def _specification(
-    net: nn.Module,  # the frozen copy
-    images: np.ndarray,  # real images
-    expected: tuple[np.ndarray, np.ndarray],  # what torch answers to them
-    classes: list[str],  # class names
-) -> dict[str, Any]:  # the manifest's fields on input, outputs and size
-    "What goes in and what comes out; the answers' width must be the number of class names."
-    (_, k), (_, width) = expected[0].shape, expected[1].shape
-    if k != len(classes):
-        raise ExportError(
-            f"classes: expected as many names as the network has outputs, found {len(classes)} names and {k} outputs. "
-            "Give the class names of the data it was trained on."
-        )
-    grey = images.ndim == 3
-    return {
-        "input": {
-            "name": "images",
-            "dtype": "uint8",
-            "layout": "NHW" if grey else "NHWC",
-            "shape": [None, *images.shape[1:]],
-            "channels": 1 if grey else images.shape[3],
-        },
-        "outputs": {
-            "probabilities": {"dtype": "float32", "shape": [None, k]},
-            "embedding": {"dtype": "float32", "shape": [None, width]},
-        },
-        "parameters": sum(p.numel() for p in net.parameters()),
-    }
-
-
-def _write_files(
-    served: _Served,  # the network, wrapped
-    folder: Path,  # where to
-    images: np.ndarray,  # real images
-    fields: dict[str, Any],  # the manifest so far
-    extra_files: Iterable[str | Path],  # files to take along
-) -> None:
-    "model.onnx, weights.safetensors and the files that come along."
-    from safetensors.torch import save_file
-
-    note = {
-        "format": str(FORMAT),
-        "task": fields["task"],
-        "classes": json.dumps(fields["classes"], ensure_ascii=False),
-        "input": json.dumps(fields["input"]),
-        "tta": served.tta,
-        "temperature": str(served.temperature),
-    }
-    graph = _to_onnx(served, images[np.arange(2) % len(images)], note)
-    (folder / "model.onnx").write_bytes(graph.SerializeToString(deterministic=True))
-    # a copy of each tensor: safetensors refuses tensors that share memory, and channels-last ones
-    state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in served.net.state_dict().items()}
-    save_file(state, folder / "weights.safetensors", {"format": "pt"})
-    for file in map(Path, extra_files):
-        if (folder / file.name).exists() or file.name == "manifest.json":
-            raise ExportError(
-                f"extra_files: {file.name}: expected a name of its own, found one that the bundle uses. Rename it."
-            )
-        if not file.is_file():
-            raise ExportError(f"extra_files: {show_path(file)}: expected a file, found none.")
-        shutil.copyfile(file, folder / file.name)
 
 # %% ../../nbs/52_bundle.export.ipynb #914468b2
 def load_weights(

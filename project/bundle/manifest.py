@@ -9,7 +9,6 @@ __all__ = ['FORMAT', 'MANIFEST', 'BundleError', 'Bundle', 'write_manifest', 'ope
 # %% ../../nbs/50_bundle.manifest.ipynb #fe6f28dd
 import contextlib
 import json
-import math
 import mmap
 import os
 import re
@@ -26,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 from ..core import environment, hash_json, human_bytes, sha256, show_path, write_json
 
 # %% ../../nbs/50_bundle.manifest.ipynb #d490bed8
-if TYPE_CHECKING:  # for type checkers only: nothing of this is needed to open a bundle
-    import numpy as np
-    import onnxruntime
+if TYPE_CHECKING:  # for type checkers only: opening a bundle needs neither
+    from numpy import ndarray as _Array
+    from onnxruntime import InferenceSession as _Session
+else:
+    _Array = _Session = Any
 
 # %% ../../nbs/50_bundle.manifest.ipynb #c9038e32
 FORMAT = 1
@@ -99,7 +100,7 @@ def _is_shape(value: object) -> bool:  # whether it is [None, n, ...]
 
 def _is_number(value: object) -> bool:  # whether it is a finite number
     "Whether `value` is a number that one can compute with."
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 # %% ../../nbs/50_bundle.manifest.ipynb #3c22517a
 def _input_problem(
@@ -333,13 +334,17 @@ def _rows(
     yield "input", " ".join(str(m["input"].get(k, "")) for k in ("name", "dtype", "layout")) + f" {_shape(m['input'])}"
     yield "outputs", "; ".join(f"{name} {o.get('dtype', '')} {_shape(o)}" for name, o in m["outputs"].items())
     if m.get("model"):
-        yield "model", f"{m['model']}" + (f", {m['parameters']:,} parameters" if m.get("parameters") else "")
+        yield (
+            "model",
+            f"{m['model']}" + (f", {m['parameters']:,} parameters" if _is_number(m.get("parameters")) else ""),
+        )
     for name in ("temperature", "tta", "run", "commit", "data_hash"):
         if m.get(name) is not None:
             yield name.replace("_", " "), f"{m[name]}"[:40]
     for name, value in (m.get("metrics") or {}).items():
         yield name, f"{value:.4g}" if _is_number(value) else f"{value}"
-    if p := m.get("parity"):
+    p = m.get("parity")
+    if isinstance(p, dict) and _is_number(p.get("rows")) and _is_number(p.get("largest_difference")):
         yield "parity", f"{p['rows']} images, largest difference {p['largest_difference']:.1e}"
     for name, f in m["files"].items():
         yield name, f"{human_bytes(f['bytes'])}, sha256 `{f['sha256'][:12]}…`"
@@ -463,7 +468,8 @@ def _check_files(
             raise BundleError(
                 f"{where}: {name}: expected {entry.get('bytes')} bytes, found {size}. Fetch the bundle again."
             )
-        if verify and (digest := sha256(file)) != entry.get("sha256"):
+        digest = sha256(file) if verify else entry.get("sha256")
+        if not isinstance(digest, str) or digest != entry.get("sha256"):
             raise BundleError(
                 f"{where}: {name}: expected sha256 {entry.get('sha256')}, found {digest}. "
                 "The file was changed after the manifest was written: fetch the bundle again."
@@ -519,7 +525,7 @@ def staged(
 def onnx_session(
     bundle: Bundle,  # an open bundle
     threads: int = 0,  # threads within one operator; 0: as many as onnxruntime chooses
-) -> "onnxruntime.InferenceSession":  # ready to run on the CPU
+) -> _Session:  # ready to run on the CPU
     "Load the model into onnxruntime, and check that its inputs and outputs are those of the manifest."
     import onnxruntime
 
@@ -543,7 +549,7 @@ def onnx_session(
 # %% ../../nbs/50_bundle.manifest.ipynb #2b500d6b
 def check_images(
     bundle: Bundle,  # an open bundle of an image task
-    images: "np.ndarray",  # what is about to be put in
+    images: _Array,  # what is about to be put in
 ) -> None:
     "Refuse anything but a batch of raw images of the size and kind the model was trained on."
     spec = bundle.manifest["input"]
@@ -568,10 +574,10 @@ def check_images(
 # %% ../../nbs/50_bundle.manifest.ipynb #58f2a3c3
 def run_bundle(
     bundle: Bundle,  # an open bundle of an image task
-    images: "np.ndarray",  # (N, H, W) or (N, H, W, C) uint8, in memory or memory-mapped
+    images: _Array,  # (N, H, W) or (N, H, W, C) uint8, in memory or memory-mapped
     batch_size: int = 256,  # images at a time
-    session: "onnxruntime.InferenceSession | None" = None,  # one that `onnx_session` made; None: a new one
-) -> tuple["np.ndarray", "np.ndarray"]:  # probabilities (N, classes) and embedding (N, E), float32
+    session: _Session | None = None,  # one that `onnx_session` made; None: a new one
+) -> tuple[_Array, _Array]:  # probabilities (N, classes) and embedding (N, E), float32
     "The probabilities and embeddings of a batch of raw images."
     import numpy as np
 

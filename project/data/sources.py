@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -232,7 +232,7 @@ def _from_setting(
     scheme = urlsplit(setting).scheme if "://" in setting else ""
     if scheme and scheme != "file":
         return _from_url(p, setting)
-    folder = Path(urllib.request.url2pathname(unquote(urlsplit(setting).path)) if scheme else setting).expanduser()
+    folder = Path(urllib.request.url2pathname(urlsplit(setting).path) if scheme else setting).expanduser()
     if not folder.is_dir():
         raise SourceError(f"{p.task}: PROJECT_SOURCE is {setting!r}: expected a folder with {p.files[0].name}.gz "
                           f"and the like, or with a folder {p.task} of them, found none. {_CORRECT}")
@@ -300,14 +300,14 @@ Acquire::https::Timeout "15";
 Acquire::Retries "1";
 """
 
-
+# %% ../../nbs/20_data.sources.ipynb #d4e4500e
 def _run(
     command: list[str], # program and arguments
     cwd: Path, # where to run it; its output is kept there
     desc: str, # for the progress display
     timeout: float, # seconds
-) -> None:
-    "Run a program that fetches into `cwd`, showing how much has arrived; its last lines are the error."
+) -> str: # what it printed
+    "Run a program that fetches into `cwd`, showing how much has arrived; its error lines become the reason."
     log, end = cwd / "output.txt", time.monotonic() + timeout
     env = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     with log.open("wb") as out, progress(desc=desc, unit="MB") as bar:
@@ -318,16 +318,28 @@ def _run(
                 if time.monotonic() > end:
                     raise _NotHere(f"{desc} took more than {timeout:g} s")
                 time.sleep(0.05)
-                size = sum(f.stat().st_size for f in cwd.glob("*.deb")) / 1e6
+                size = _arrived(cwd)
                 bar.update(round(size - seen, 1))
                 seen = size
         finally:
             process.kill()
             process.wait()
+    output = log.read_text(encoding="utf-8", errors="replace").strip()
     if process.returncode:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        told = [line for line in lines if line.startswith("E:")] or lines[-1:]
+        told = [line for line in output.splitlines() if line.startswith("E:")] or output.splitlines()[-1:]
         raise _NotHere("; ".join(told[:2]) or f"{command[0]} ended with status {process.returncode}")
+    return output
+
+
+def _arrived(
+    folder: Path, # where a program fetches to
+) -> float: # in MB
+    "The size of what has been fetched so far; files may come and go meanwhile."
+    size = 0
+    for path in (*folder.glob("*.deb"), *folder.glob("state/lists/**/*")):
+        with contextlib.suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size / 1e6
 
 # %% ../../nbs/20_data.sources.ipynb #bf608ce7
 def _apt_download(
@@ -344,8 +356,12 @@ def _apt_download(
         _run(fetch, here, f"fetching {package}", 600)
     except _NotHere:  # no lists, or lists that name a file long replaced
         config.write_text((_APT + _APT_OWN_STATE).format(here=place), encoding="utf-8")
-        _run(["apt-get", "-c", str(config), "-q", "update"], here, "fetching package lists", 180)
-        _run(fetch, here, f"fetching {package}", 600)
+        lists = _run(["apt-get", "-c", str(config), "-q", "update"], here, "fetching package lists", 180)
+        try:
+            _run(fetch, here, f"fetching {package}", 600)
+        except _NotHere as e:  # an update that reached nobody only warns
+            warned = [line for line in lists.splitlines() if line.startswith("W:")]
+            raise _NotHere("; ".join([str(e), *warned[:1]])) from e
     return next(here.glob("*.deb"))
 
 

@@ -98,10 +98,7 @@ class Data:
 
     def verify(self) -> "Data": # itself
         "Read every byte and compare with the manifest."
-        for name, file in self.manifest["files"].items():
-            if (found := sha256(self.path / name)) != file["sha256"]:
-                raise DataError(f"{show_path(self.path / name)}: expected sha256 {file['sha256'][:12]}…, "
-                                f"found {found[:12]}…: the file was changed. {_again(self.task)} --force")
+        _compare(self.path, self.manifest)
         return self
 
     def __repr__(self) -> str:
@@ -111,6 +108,17 @@ class Data:
 
     def _repr_markdown_(self) -> str:
         return f"**{self.manifest['title']}** (`{self.hash[:12]}`)\n\n{_count_table(self.manifest['counts'])}"
+
+# %% ../../nbs/24_data.store.ipynb #1f42399b
+def _compare(
+    path: Path, # folder of the data
+    manifest: dict[str, Any], # what it should hold
+) -> None:
+    "Raise unless each file has the hash that the manifest gives."
+    for name, file in manifest["files"].items():
+        if (found := sha256(path / name)) != file["sha256"]:
+            raise DataError(f"{show_path(path / name)}: expected sha256 {file['sha256'][:12]}…, found {found[:12]}…: "
+                            f"the file was changed. {_again(manifest['task'])} --force")
 
 # %% ../../nbs/24_data.store.ipynb #3296478e
 def _read_manifest(
@@ -147,8 +155,35 @@ def open_data(
     "Open a task's processed data."
     get_task(task)
     path = Path(path) if path else data_dir() / task
-    if not path.exists():
+    while True:
         _recover(path)
+        before = _identity(path)
+        try:
+            data = _open(path, task)
+        except (DataError, OSError):
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return data
+
+
+def _identity(
+    path: Path, # folder of the data
+) -> tuple[int, ...]: # changes when a build replaces it; empty where there is none
+    "What tells a folder from the one that takes its place."
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+# %% ../../nbs/24_data.store.ipynb #7ea17ee5
+def _open(
+    path: Path, # folder of the data
+    task: str, # a task's name
+) -> Data: # memory-mapped
+    "Open the files one by one."
     manifest = _read_manifest(path, task)
     try:
         images, labels = np.load(path / "images.npy", mmap_mode="r"), np.load(path / "labels.npy")
@@ -263,14 +298,19 @@ def _write_arrays(
 ) -> dict[str, dict[str, Any]]: # file name -> sha256 and size
     "Write arrays and JSON, flushed to disk, and say what was written."
     for name, value in arrays.items():
-        with (folder / name).open("wb") as f:
-            if isinstance(value, np.ndarray):
-                np.lib.format.write_array(f, np.ascontiguousarray(value), version=(1, 0), allow_pickle=False)
-            else:
-                indent = None if name == "splits.json" else 1  # 70,000 numbers are not for eyes
-                f.write(json.dumps(value, indent=indent, ensure_ascii=False).encode() + b"\n")
-            f.flush()
-            os.fsync(f.fileno())
+        try:
+            with (folder / name).open("wb") as f:
+                if isinstance(value, np.ndarray):  # not np.save: it does not tell a full disk from other errors
+                    np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(value))
+                    f.write(np.ascontiguousarray(value).data)
+                else:
+                    indent = None if name == "splits.json" else 1  # 70,000 numbers are not for eyes
+                    f.write(json.dumps(value, indent=indent, ensure_ascii=False).encode() + b"\n")
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:
+            text = f"{e.strerror or e}; free some space or choose another folder. Nothing was changed"
+            raise OSError(e.errno, text, show_path(folder / name)) from e
     return {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in arrays}
 
 
@@ -332,13 +372,14 @@ def _track(
     tracked = path.resolve().relative_to(root().resolve()).as_posix()
     if not re.search(rf"^\W*path: {re.escape(tracked)}$", record.read_text(encoding="utf-8"), re.M):
         return ""
-    command = [sys.executable, "-m", "dvc", "commit", "--quiet", record.name]
+    command = [sys.executable, "-m", "dvc", "commit", record.name]
     done = subprocess.run(command, cwd=root(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return f"as recorded in {record.name}"
     if "unable to commit changed" in done.stderr:
         return f"not as recorded in {record.name}; to record it: dvc commit --force {record.name}"
-    return f"DVC failed: {(done.stderr.strip() or f'status {done.returncode}').splitlines()[-1]}"
+    told = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
+    return f"DVC failed with status {done.returncode}. {' '.join(told)}"
 
 # %% ../../nbs/24_data.store.ipynb #8e5114e2
 def _current(

@@ -119,6 +119,6 @@ def stratified_split(
         rows = np.flatnonzero((inverse == c) if keep is None else (inverse == c) & ~keep)
         if not 1 <= quota <= min(len(rows), sizes[c] - 1):
             raise ValueError(f"class {classes[c]}: expected enough rows to hold out {max(quota, 1)} and keep one, "
-                             f"found {sizes[c]}, of which {len(rows)} may be held out. Add examples or leave the class out.")
+                             f"found {sizes[c]}, of which {len(rows)} may be held out. Add examples or drop the class.")
         chosen[rows[np.argsort(keys[rows], kind="stable")[:quota]]] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)

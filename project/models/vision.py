@@ -98,7 +98,7 @@ class FastCNN(nn.Module):
         self,
         num_classes: int, # how many classes
         shape: tuple[int, ...], # of an image: (C, H, W)
-        widths: tuple[int, ...] = (24, 64, 128), # channels of each group
+        widths: tuple[int, ...] = (32, 64, 128), # channels of each group
         patch: int = 3, # edge of the whitening layer's patches
         stride: int = 1, # of the whitening layer
         scale: float = 1 / 9, # of the head
@@ -109,7 +109,8 @@ class FastCNN(nn.Module):
         if size < 1:
             raise ValueError(f"shape: expected images of at least {(2 ** len(widths) - 1) * stride + patch} pixels a side, got {tuple(shape)}")
         self.normalize = Normalize(channels)
-        self.whiten = nn.Conv2d(channels, 2 * channels * patch**2, patch, stride, bias=False).requires_grad_(False)
+        directions = channels * patch**2 // 8 * 8  # the last few are noise, and hardware likes multiples of 16
+        self.whiten = nn.Conv2d(channels, 2 * directions, patch, stride, bias=False).requires_grad_(False)
         sizes = (self.whiten.out_channels, *widths)
         self.groups = nn.Sequential(*(_Group(i, o) for i, o in zip(sizes, sizes[1:], strict=False)))
         self.head = _Head(widths[-1], num_classes, scale)
@@ -141,7 +142,7 @@ def whiten_(
     size, channels = layer.kernel_size[0], layer.in_channels
     patches = F.unfold(net.normalize(images), size, stride=2).transpose(1, 2).reshape(-1, channels * size**2)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (vectors / (values + eps).sqrt()).T.flip(0).reshape(-1, channels, size, size)
+    filters = (vectors / (values + eps).sqrt()).T.flip(0).reshape(-1, channels, size, size)[: layer.out_channels // 2]
     layer.weight.data.copy_(torch.cat([filters, -filters]))
     return net
 
@@ -195,7 +196,7 @@ class ResNet18(nn.Module):
 _BUILDERS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "cnn-xs": (FastCNN, {"widths": (32, 64), "patch": 4, "stride": 2}),
     "cnn-s": (FastCNN, {"widths": (16, 32, 64)}),
-    "cnn-m": (FastCNN, {"widths": (24, 64, 128)}),
+    "cnn-m": (FastCNN, {"widths": (32, 64, 128)}),
     "cnn-l": (FastCNN, {"widths": (64, 128, 256)}),
     "resnet18": (ResNet18, {}),
     "resnet18-quarter": (ResNet18, {"width": 16}),

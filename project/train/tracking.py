@@ -106,7 +106,7 @@ def wandb_logger(
         print(f"W&B: offline after all ({type(e).__name__}: {str(e).splitlines()[0]})")
         experiment = wandb.init(**fields, mode="offline", settings=wandb.Settings(**settings))
     atexit.register(_finish_open, experiment)
-    run.update(wandb={"id": experiment.id, "project": fields["project"], "mode": "offline" if experiment.offline else "online", "url": experiment.url})
+    run.update(wandb={"id": experiment.id, "project": fields["project"], "mode": "offline" if experiment.offline else "online", "url": None if experiment.offline else experiment.url})
     return WandbLogger(experiment=experiment, log_model=False)
 
 # %% ../../nbs/44_train.tracking.ipynb #35cdaeac

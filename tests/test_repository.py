@@ -1,0 +1,486 @@
+"""The habits of this repository that a tool can check: what notebooks hold, what is generated, what may import what."""
+
+import ast
+import configparser
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from pytest_notebooks import ROOT
+
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
+LIBRARY = [path for path in NOTEBOOKS if path.name[0].isdigit()]
+RUNS = [path for path in NOTEBOOKS if not path.name[0].isdigit() and path.name != "index.ipynb"]
+SETTINGS = configparser.ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
+SETTINGS = SETTINGS["DEFAULT"]
+EXPORT = re.compile(r"^#\|\s*exports?i?\b", re.M)
+LONG_ON_PURPOSE: dict[str, str] = {}  # cell id -> why an exported cell has more than 60 lines
+
+
+def cells(path, kind=None):
+    """The cells of a notebook, sources joined."""
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [{**c, "source": "".join(c["source"])} for c in found if kind in (None, c["cell_type"])]
+
+
+def exported(path):
+    """The exported cells of a notebook."""
+    return [cell for cell in cells(path, "code") if EXPORT.search(cell["source"])]
+
+
+def default_exp(path):
+    """The module a notebook names, or None."""
+    named = [m[1] for c in cells(path, "code") for m in re.finditer(r"^#\|\s*default_exp (\S+)", c["source"], re.M)]
+    assert len(named) <= 1, f"{path.name} names {len(named)} modules: {named}"
+    return f"project.{named[0]}" if named else None
+
+
+def modules():
+    """Every generated module, by import name."""
+    files = [p.relative_to(ROOT).with_suffix("") for p in (ROOT / "project").rglob("*.py") if p.stem[0] != "_"]
+    return sorted(".".join(path.parts) for path in files)
+
+
+def python(code, cwd=ROOT, **env):
+    """What a fresh Python prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def parse(source):
+    """The tree of a cell; IPython's own syntax and directives are no part of it."""
+    return ast.parse("\n".join(line for line in source.split("\n") if not line.startswith(("#|", "%", "!"))))
+
+
+by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+by_library = pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+by_run = pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+
+
+# What notebooks hold
+
+
+@by_notebook
+def test_notebook_starts_with_a_title_and_one_line(path):
+    first = cells(path)[0]
+    lines = [line for line in first["source"].split("\n") if line.strip()]
+    assert first["cell_type"] == "markdown" and lines[0].startswith("# "), "the first cell is the title"
+    assert len(lines) > 1 and lines[1].startswith("> "), "below the title stands one line: > what it is"
+    rest = [line for line in lines[2:] if not re.match(r"- [\w-]+: ", line)]
+    assert not rest, f"the docs drop what follows in the title's cell; give it a cell of its own: {rest}"
+
+
+@by_notebook
+def test_notebook_is_of_the_current_format(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5), "run `make notebooks`"
+    assert notebook["metadata"].get("kernelspec", {}).get("name") == "python3"
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids), "cell ids are what exported modules refer to; they must differ"
+
+
+@by_notebook
+def test_outputs_are_of_no_one_machine(path):
+    here = {str(ROOT), str(Path.home()), tempfile.gettempdir()} - {"/"}
+    foreign = re.compile(
+        "|".join([r"/home/\w", r"/root/", r"/Users/\w", r"/tmp/", r"\b[A-Z]:\\", *map(re.escape, here)])
+    )
+    for cell in cells(path, "code"):
+        for text in output_texts(cell):
+            assert not (m := foreign.search(text)), (
+                f"cell {cell['id']} shows a path of one machine: {m and text[m.start() :][:80]!r}"
+            )
+    metadata_text = json.dumps(json.loads(path.read_text(encoding="utf-8"))["metadata"])
+    assert not foreign.search(metadata_text) and "papermill" not in metadata_text
+
+
+@by_notebook
+def test_outputs_are_the_same_every_time(path):
+    changing = {
+        "a time": r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d",
+        "an address": r"\bat 0x[0-9a-f]{4,}",
+        "a progress bar": r"\d+%\|[ █▏▎▍▌▋▊▉#]|\bit/s\b",
+    }
+    for cell in cells(path, "code"):
+        assert not [o for o in cell["outputs"] if o.get("name") == "stderr"], f"cell {cell['id']} keeps an error stream"
+        assert not [o for o in cell["outputs"] if o["output_type"] == "error"], f"cell {cell['id']} keeps an error"
+        assert not [k for o in cell["outputs"] for k in o.get("data", {}) if "widget" in k], (
+            f"cell {cell['id']} keeps a widget"
+        )
+        for text in output_texts(cell):
+            for what, pattern in changing.items():
+                assert not (m := re.search(pattern, text)), f"cell {cell['id']} shows {what}: {m and m.group()!r}"
+
+
+@by_notebook
+def test_figures_are_small(path):
+    for cell in cells(path, "code"):
+        sizes = [
+            len("".join(o["data"]["image/png"])) * 3 // 4 for o in cell["outputs"] if "image/png" in o.get("data", {})
+        ]
+        assert all(size < 100_000 for size in sizes), f"cell {cell['id']} holds a figure of {max(sizes)} bytes"
+
+
+def output_texts(cell):
+    """Every text a cell shows; pictures aside."""
+    for output in cell["outputs"]:
+        yield "".join(output.get("text", ""))
+        for kind, data in output.get("data", {}).items():
+            if not kind.startswith("image/") or kind == "image/svg+xml":
+                yield "".join(data) if isinstance(data, list) else str(data)
+
+
+@by_run
+def test_run_notebook_has_one_parameters_cell(path):
+    tags = [tag for cell in cells(path) for tag in cell["metadata"].get("tags", [])]
+    assert tags.count("parameters") == 1, "papermill reads its parameters from one cell tagged `parameters`"
+    assert "injected-parameters" not in tags, "this is the output of a run, not the notebook"
+    assert default_exp(path) is None and not exported(path), "a run notebook exports nothing"
+
+
+@by_library
+def test_library_notebook_exports_and_has_no_parameters(path):
+    assert default_exp(path) and exported(path)
+    assert not [
+        cell for cell in cells(path) if {"parameters", "injected-parameters"} & set(cell["metadata"].get("tags", []))
+    ]
+
+
+@by_notebook
+def test_directives_are_the_first_lines(path):
+    for cell in cells(path, "code"):
+        lines = [line for line in cell["source"].split("\n") if line.strip()]
+        code = next((i for i, line in enumerate(lines) if not line.startswith("#|")), len(lines))
+        late = [line for line in lines[code:] if line.startswith("#|")]
+        assert not late, f"cell {cell['id']}: nbdev overlooks a directive below other lines: {late}"
+
+
+@by_library
+def test_imports_stand_alone(path):
+    for cell in cells(path, "code"):
+        body = parse(cell["source"]).body
+        imports = [node for node in body if is_import(node)]
+        assert not imports or len(imports) == len(body), (
+            f"cell {cell['id']} mixes imports and code; the docs run it and fail"
+        )
+
+
+def is_import(node):
+    """An import, or a block (`if TYPE_CHECKING`, `try`) that holds imports only."""
+    if isinstance(node, ast.If | ast.Try):
+        return all(is_import(child) for child in node.body)
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+@by_notebook
+def test_import_forms_that_nbdev_gets_wrong(path):
+    for cell in cells(path, "code"):
+        for node in ast.walk(parse(cell["source"])):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"cell {cell['id']}: write project.x, not a relative import"
+                assert node.module != "project", (
+                    f"cell {cell['id']}: write `from project.x import y`, not `from project import x`"
+                )
+                assert not (node.module or "").startswith("project") or node.names[0].name != "*", (
+                    f"cell {cell['id']}: star import"
+                )
+
+
+@by_library
+def test_exported_cells(path):
+    for cell in exported(path):
+        lines = [line for line in cell["source"].split("\n") if line.strip() and not line.startswith("#|")]
+        assert not [line for line in lines if line.startswith(("%", "!"))], (
+            f"cell {cell['id']}: a magic breaks the module"
+        )
+        assert len(lines) <= 60 or cell["id"] in LONG_ON_PURPOSE, (
+            f"cell {cell['id']} exports {len(lines)} lines: {lines[0]}"
+        )
+
+
+# What is generated
+
+
+def checkout(folder):
+    """A copy of what git would hold: tracked files, and new ones that it does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def contents(folder):
+    """Every file's bytes, by name."""
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and ".git" not in p.parts
+    }
+
+
+def test_clean_export_and_readme_change_nothing(tmp_path):
+    copy = checkout(tmp_path / "copy")
+    before = contents(copy)
+    env = {name: value for name, value in os.environ.items() if name != "IN_TEST"}  # with it nbdev_export does nothing
+    for command in ([BIN / "nbdev_clean"], [BIN / "nbdev_export"], [sys.executable, ".ci/readme.py"]):
+        subprocess.run(command, cwd=copy, env=env, check=True)
+    after = contents(copy)
+    assert sorted(before) == sorted(after), "run `make notebooks`"
+    assert [name for name in before if before[name] != after[name]] == [], "run `make notebooks`"
+
+
+def test_modules_are_what_notebooks_name():
+    assert modules() == sorted(default_exp(path) for path in LIBRARY), "a module without a notebook, or the reverse"
+
+
+def test_library_is_numbered_in_import_order():
+    numbers = {default_exp(path): path.name.split("_")[0] for path in LIBRARY}
+    assert len(set(numbers.values())) == len(numbers), f"two notebooks have one number: {sorted(numbers.values())}"
+    for path in LIBRARY:
+        for cell in exported(path):
+            for node in ast.walk(parse(cell["source"])):
+                names = (
+                    [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
+                )
+                later = [n for n in names if n in numbers and numbers[n] >= numbers[default_exp(path)]]
+                assert not isinstance(node, ast.Import | ast.ImportFrom) or not later, (
+                    f"{path.name} imports {later} from below"
+                )
+
+
+def test_notebooks_lie_flat():
+    below = [
+        p for p in (ROOT / "nbs").rglob("*.ipynb") if p.parent != ROOT / "nbs" and ".ipynb_checkpoints" not in p.parts
+    ]
+    assert below == []
+
+
+# What importing does
+
+FORBIDDEN = {"torch", "lightning", "pytorch_lightning", "transformers", "pandas"}
+LIGHT = re.compile(r"project\.(core|runs\..+|serve\..+|monitor\..+|bundle\.(?!export).+|data\.(sources|tasks|store))$")
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if LIGHT.match(name)])
+def test_light_modules_import_nothing_heavy(module):
+    loaded = set(python(f"import sys, {module}; print(*sys.modules)").split())
+    assert not loaded & FORBIDDEN
+
+
+def test_importing_everything_has_no_side_effects(tmp_path):
+    here = (tmp_path / "here").resolve()
+    here.mkdir()
+    code = f"""
+import importlib, logging, os
+before = dict(os.environ)
+for name in {modules()!r}:
+    importlib.import_module(name)
+ours = [n for n in logging.root.manager.loggerDict if n.split(".")[0] == "project" and logging.getLogger(n).handlers]
+changed = [n for n in os.environ if n.startswith("PROJECT_") and before.get(n) != os.environ[n]]
+print(ours, changed, logging.root.handlers, os.getcwd() == {str(here)!r})
+"""
+    folders = {f"PROJECT_{name}": str(here / name.lower()) for name in ("DATA", "RUNS", "CACHE")}
+    assert python(code, cwd=here, **folders).strip() == "[] [] [] True"
+    assert list(here.iterdir()) == [], "importing made files"
+
+
+def test_public_names():
+    code = f"""
+import importlib, json, logging, types, typing
+wrong = []
+for name in {modules()!r}:
+    module = importlib.import_module(name)
+    for public in module.__all__:
+        value = getattr(module, public)
+        if isinstance(value, (logging.Logger, typing.TypeVar, types.ModuleType)):
+            wrong.append(f"{{name}}.{{public}}")
+print(json.dumps(wrong))
+"""
+    assert json.loads(python(code)) == [], "a star import would bring these along; begin their names with _"
+
+
+# Versions and requirements
+
+
+def requirements(key):
+    """The requirements of one entry of settings.ini."""
+    return [Requirement(line) for line in SETTINGS[key].split("\n") if line.strip()]
+
+
+def test_versions_agree():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[?v?(\d+\.\d+\.\d+)", changelog, re.M)
+    assert newest and newest[1] == SETTINGS["version"], "the newest version in CHANGELOG.md is not settings.ini's"
+    assert python("import project; print(project.__version__)").strip() == SETTINGS["version"]
+
+
+def test_nbdev_is_pinned_with_its_family():
+    given = {r.name: str(r.specifier) for r in requirements("requirements")}
+    wanted = {"nbdev": "<3,>=2.4.14", "execnb": "<0.2", "fastcore": "<2", "ghapi": "<2", "fastgit": "<0.2"}
+    assert {name: given.get(name) for name in wanted} == wanted
+    assert given["torch"] == "==2.13.0"
+    assert SETTINGS["update_pyproject"] == "False" and "tags" in SETTINGS["allowed_cell_metadata_keys"].split()
+
+
+@pytest.mark.parametrize("key", ["requirements", "serve_requirements", "docs_requirements", "dev_requirements"])
+def test_requirements_are_installed_as_written(key):
+    for requirement in requirements(key):
+        if requirement.marker is None or requirement.marker.evaluate():
+            assert requirement.specifier.contains(metadata.version(requirement.name), prereleases=True), str(
+                requirement
+            )
+
+
+# Commands: the Makefile, CI and the README
+
+
+def make_targets():
+    """Every target of the Makefile that a person may call -> its help."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split()
+    helped = dict(re.findall(r"^([a-z-]+):[^\n#]*## (.+)$", text, re.M))
+    assert set(phony) == set(helped), "every target has a ## line"
+    return helped
+
+
+def test_make_targets():
+    expected = {"help", "setup", "train", "test", "lint", "notebooks", "lab", "docs", "bench", "clean"}
+    assert expected <= set(make_targets())
+
+
+@pytest.mark.parametrize(
+    "path", [".ci/run", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob(".github/workflows/*"))]
+)
+def test_ci_calls_targets_that_exist(path):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    called = {
+        t
+        for line in text.split("\n")
+        if "#" not in line.split("make ")[0]
+        for t in re.findall(r"\bmake ([a-z]+)\b", line)
+    }
+    assert called and called <= set(make_targets())
+
+
+def readme_commands():
+    """Every command in the README's shell blocks, as words; `&&` separates, a backslash continues."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
+    return [
+        words
+        for line in lines
+        for part in line.split("&&")
+        if (words := shlex.split(part.removeprefix("$ "), comments=True))
+    ]
+
+
+def without_assignments(words):
+    """A command without the `NAME=value` before it."""
+    return words[next((i for i, word in enumerate(words) if not re.match(r"\w+=", word)), len(words)) :]
+
+
+README = list(dict.fromkeys(shlex.join(w) for w in map(without_assignments, readme_commands()) if w))
+SHELL = {"cd", "source", ".", "export", "git", "python", "python3"}
+
+
+def test_readme_names_the_two_commands():
+    assert {"make train", "make test"} <= set(README)
+    assert re.search(r"\bmake test\b", (ROOT / ".ci" / "run").read_text(encoding="utf-8")), (
+        "CI runs the README's test command"
+    )
+
+
+@pytest.mark.parametrize("command", README)
+def test_readme_command_exists(command):
+    program, *arguments = shlex.split(command)
+    assert program in SHELL | {"make"} or (BIN / program).exists() or shutil.which(program), (
+        f"no such program: {program}"
+    )
+    for path in (a for a in arguments if re.match(r"(nbs|tests|benchmarks)/", a)):
+        assert (ROOT / path).exists(), f"no such file: {path}"
+    if program == "make":
+        assert {a for a in arguments if "=" not in a} <= set(make_targets())
+    if program == "papermill" or (program == "project" and arguments[:1] == ["run"]):
+        check_papermill([a for a in arguments if a != "run"])
+    elif program == "project":
+        check_project(arguments)
+
+
+def check_papermill(arguments):
+    """The notebook has every parameter that is given."""
+    notebook = next(a for a in arguments if a.endswith(".ipynb"))
+    notebook = ROOT / "nbs" / Path(notebook).name
+    known = {
+        node.id
+        for c in cells(notebook, "code")
+        if "parameters" in c["metadata"].get("tags", [])
+        for node in names_set(c)
+    }
+    given = {arguments[i + 1] for i, a in enumerate(arguments) if a in ("-p", "-r", "--parameters", "--parameters_raw")}
+    assert given <= known, f"{notebook.name} has no parameter {given - known}"
+
+
+def names_set(cell):
+    """The names that a cell assigns."""
+    return [n for n in ast.walk(parse(cell["source"])) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+
+
+def check_project(arguments):
+    """The verb exists and takes the options that are given."""
+    verbs = []
+    for word in arguments:
+        if (
+            word.startswith("-")
+            or not re.fullmatch(r"[a-z-]+", word)
+            or run_project([*verbs, word, "--help"]).returncode
+        ):
+            break
+        verbs.append(word)
+    assert verbs or arguments == ["--help"], f"no such verb: project {shlex.join(arguments)}"
+    shown = run_project([*verbs, "--help"]).stdout
+    assert all(a.split("=")[0] in shown for a in arguments if a.startswith("-")), f"unknown option: {arguments}"
+
+
+def run_project(arguments):
+    """The `project` command, in this test's own folders."""
+    env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run([BIN / "project", *arguments], env=env, capture_output=True, text=True, encoding="utf-8")
+
+
+QUICK = [
+    c for c in README if c.split()[:2] in (["project", "doctor"], ["project", "runs"]) or c in ("make", "make help")
+]
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_quick_readme_command_runs(command):
+    program, *arguments = shlex.split(command)
+    if program == "make" and not shutil.which("make"):
+        pytest.skip("no make here")
+    command = [program if program == "make" else BIN / program, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout + done.stderr

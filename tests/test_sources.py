@@ -1,0 +1,338 @@
+"""Where published files are found: real folders, a real web server, real apt; nothing stands in for them."""
+
+import contextlib
+import dataclasses
+import functools
+import gzip
+import http.server
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from project.data.sources import Published, PublishedFile, SourceError, find, locked, published, read_content, read_idx
+
+NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+@pytest.fixture
+def sample(samples):
+    """The folder with the four files of the sample."""
+    return samples / "fashion_mnist"
+
+
+@pytest.fixture
+def small(sample):
+    """The sample as if it were what is published: its hashes, no mirrors, no package."""
+    contents = {name: read_content(sample / f"{name}.gz") for name in NAMES}
+    files = tuple(PublishedFile(n, _sha(c), len(c)) for n, c in contents.items())
+    return Published("fashion_mnist", files)
+
+
+def _sha(content):
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextlib.contextmanager
+def serving(folder, handler=http.server.SimpleHTTPRequestHandler):
+    """A web server for a folder, on this machine only; gives its address and the paths it was asked for."""
+    asked = []
+
+    class Handler(handler):
+        def log_message(self, *args):
+            """Keep the error stream clean."""
+
+        def log_request(self, *args):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def idx(path, head, body, pack=False):
+    """Write an IDX file with any head."""
+    content = struct.pack(f">{len(head)}I", *head) + body
+    path.write_bytes(gzip.compress(content) if pack else content)
+    return path
+
+
+# ---- IDX
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_idx_reads_both_kinds(tmp_path, pack):
+    images = read_idx(idx(tmp_path / "i", (0x803, 2, 2, 3), bytes(range(12)), pack), "images")
+    assert images.tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
+    assert read_idx(idx(tmp_path / "l", (0x801, 3), b"\x00\x09\x05", pack), "labels", classes=10).tolist() == [0, 9, 5]
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "kind", "expected", "found"),
+    [
+        ((0x803, 2, 28, 28), bytes(1567), "images", "2 x 28 x 28 values", "1,567"),  # cut
+        ((0x803, 2, 28, 28), bytes(1569), "images", "2 x 28 x 28 values", "1,569"),  # more than it says
+        ((0x803, 0, 28, 28), b"", "images", "0 x 28 x 28 values", "found 0"),  # empty
+        ((0x801, 3), bytes(3), "images", "3 dimensions", "one with 1"),
+        ((0x803, 1, 2, 2), bytes(4), "labels", "1 dimension,", "one with 3"),
+        ((0x803, 1), b"", "images", "a head of 16 bytes", "a file of 8"),
+        ((0xD03, 1, 2, 2), bytes(16), "images", "unsigned bytes", "bytes starting 00 00 0d 03"),  # floats
+        ((0x801, 3), b"\x00\x0a\xff", "labels", "labels from 0 to 9", "10 in row 1 (and 1 more)"),
+        ((), b"", "images", "an IDX file", "an empty file"),
+        ((), b"\x89PNG\r\n\x1a\n", "images", "an IDX file", "a PNG image"),
+        ((), b"\xff\xd8\xff\xe0", "images", "an IDX file", "a JPEG image"),
+        ((), b"<!DOCTYPE html>", "labels", "an IDX file", "a web page"),
+    ],
+)
+def test_idx_refuses(tmp_path, head, body, kind, expected, found):
+    path = idx(tmp_path / "some-file", head, body)
+    with pytest.raises(ValueError) as told:
+        read_idx(path, kind, classes=10 if kind == "labels" else None)
+    assert all(text in str(told.value) for text in (str(path), expected, found, "Fetch"))
+
+
+def test_idx_refuses_a_cut_archive_and_an_unknown_kind(sample, tmp_path):
+    whole = (sample / "t10k-images-idx3-ubyte.gz").read_bytes()
+    for name, content in {
+        "cut": whole[:-20_000],
+        "crc": whole[:-8] + bytes(8),
+        "bits": whole[:300] + bytes(99) + whole[399:],
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}: expected a whole gzip file, found a damaged one"):
+            read_idx(tmp_path / name, "images")
+    with pytest.raises(ValueError, match="expected 'images', 'labels' or None, got 'pictures'"):
+        read_idx(sample / "t10k-images-idx3-ubyte.gz", "pictures")
+
+
+# ---- what somebody names
+
+
+def test_named_folder_in_each_layout(sample, tmp_path, monkeypatch):
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    for name in NAMES:
+        (unpacked / name).write_bytes(read_content(sample / f"{name}.gz"))
+    hashes = find("fashion_mnist", source=sample).sha256
+    for source in (sample.parent, unpacked, unpacked.as_uri(), str(sample)):
+        found = find("fashion_mnist", source=source)
+        assert (found.sha256, found.origin, found.published) == (hashes, "PROJECT_SOURCE", False)
+    monkeypatch.setenv("PROJECT_SOURCE", str(unpacked))
+    assert find("fashion_mnist").files[NAMES[0]] == unpacked / NAMES[0]
+
+
+def test_named_folder_that_is_wrong_is_an_error_and_not_other_data(sample, tmp_path):
+    with pytest.raises(SourceError, match="expected a folder with train-images-idx3-ubyte.gz"):
+        find("fashion_mnist", source=tmp_path / "nowhere")
+    shutil.copy(sample / f"{NAMES[0]}.gz", tmp_path)
+    with pytest.raises(SourceError, match="found no train-labels-idx1-ubyte, t10k-images"):
+        find("fashion_mnist", source=tmp_path)
+    for name in NAMES[1:]:
+        (tmp_path / f"{name}.gz").write_bytes(b"\x1f\x8bnothing")
+    with pytest.raises(SourceError, match=r"train-labels-idx1-ubyte\.gz: expected a whole gzip file"):
+        find("fashion_mnist", source=tmp_path)
+
+
+def test_named_folder_without_this_task_sends_the_search_on(small, sample, tmp_path):
+    small = dataclasses.replace(small, folder=str(sample))
+    found = find(small, source=tmp_path, places=("package",))
+    assert found.published and found.origin == "the installed Debian package"
+    assert found.tried == (
+        f"PROJECT_SOURCE: {tmp_path} has neither train-images-idx3-ubyte nor a folder fashion_mnist",
+    )
+
+
+def test_named_url(sample, tmp_path):
+    hashes = find("fashion_mnist", source=sample).sha256
+    with serving(sample.parent) as (address, _):
+        for url in (address, f"{address}/", f"{address}/fashion_mnist"):
+            assert find("fashion_mnist", source=url).sha256 == hashes
+        with pytest.raises(SourceError, match=r"nowhere has neither|found nowhere"):
+            find("fashion_mnist", source=f"{address}/nowhere", places=())
+    with pytest.raises(SourceError, match="PROJECT_SOURCE is 'http://127.0.0.1:.*unset it"):
+        find("fashion_mnist", source=address)  # nobody answers any more
+    with serving(tmp_path) as (address, _):
+        shutil.copy(sample / f"{NAMES[1]}.gz", tmp_path)
+        with pytest.raises(SourceError, match="found only train-labels-idx1-ubyte"):
+            find("fashion_mnist", source=address)
+
+
+def test_named_url_of_another_kind_of_store(sample):
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    for name in NAMES:
+        store.pipe_file(f"/bucket/fashion_mnist/{name}.gz", (sample / f"{name}.gz").read_bytes())
+    assert find("fashion_mnist", source="memory://bucket").sha256 == find("fashion_mnist", source=sample).sha256
+    store.rm("/bucket", recursive=True)
+    with pytest.raises(SourceError, match="bucket has neither"):
+        find("fashion_mnist", source="memory://bucket", places=())
+    with pytest.raises(SourceError, match="PROJECT_SOURCE is 'nosuch://bucket'"):
+        find("fashion_mnist", source="nosuch://bucket")
+
+
+# ---- the publisher and its mirrors
+
+
+def test_mirrors_are_tried_in_order_and_content_decides(small, sample, tmp_path):
+    wrong, repacked = tmp_path / "wrong", tmp_path / "repacked"
+    wrong.mkdir()
+    repacked.mkdir()
+    for name in NAMES:
+        content = read_content(sample / f"{name}.gz")
+        (repacked / f"{name}.gz").write_bytes(gzip.compress(content, 1))  # other bytes, same content
+        (wrong / f"{name}.gz").write_bytes(gzip.compress(content[:-1] + b"\x07"))
+    (wrong / f"{NAMES[1]}.gz").write_bytes(b"<html>Moved</html>")
+    (wrong / f"{NAMES[2]}.gz").unlink()
+    with socket.socket() as free:  # an address where nobody answers
+        free.bind(("127.0.0.1", 0))
+        silent = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with serving(wrong) as (bad, asked_bad), serving(repacked) as (good, asked_good):
+        found = find(dataclasses.replace(small, mirrors=(silent, bad, good)), source="", places=("cache", "mirrors"))
+        assert found.published and found.origin == "the publisher"
+        assert "none of the files are there" in found.tried[1]
+        assert len(asked_bad) == len(asked_good) == 4  # each file once
+        again = find(dataclasses.replace(small, mirrors=(good,)), source="", places=("cache", "mirrors"))
+        assert again.origin == "the cache of earlier downloads" and len(asked_good) == 4
+    with serving(wrong) as (bad, _):
+        shutil.rmtree(found.files[NAMES[0]].parent)
+        with pytest.raises(SourceError) as told:
+            find(dataclasses.replace(small, mirrors=(silent, bad)), source="", places=("cache", "mirrors"))
+    assert "refused, expected 392,016 bytes with sha256" in str(told.value)
+    assert silent in str(told.value) and "set PROJECT_SOURCE" in str(told.value)
+    assert not list(found.files[NAMES[0]].parent.glob("*.gz")) and not list(found.files[NAMES[0]].parent.glob(".*.tmp"))
+
+
+def test_mirror_that_cuts_or_floods_is_refused(small, sample):
+    class Cutting(http.server.SimpleHTTPRequestHandler):
+        def copyfile(self, source, outputfile):
+            outputfile.write(source.read()[:-100])
+
+    class Flooding(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(1 << 16))
+
+    for handler, reason in (
+        (Cutting, "the connection broke"),
+        (Flooding, "expected at most 1,392,016 bytes, found more"),
+    ):
+        with serving(sample, handler) as (address, _), pytest.raises(SourceError, match=reason):
+            find(dataclasses.replace(small, mirrors=(address,)), source="", places=("mirrors",))
+
+
+def test_archive_that_unpacks_to_more_than_published_is_refused(tmp_path):
+    (tmp_path / "bomb").write_bytes(gzip.compress(bytes(10_000_000)))
+    with pytest.raises(ValueError, match="expected 1,000 bytes, found more"):
+        read_content(tmp_path / "bomb", limit=1000)
+
+
+def test_a_damaged_cache_is_fetched_again(small, sample):
+    with serving(sample) as (address, asked):
+        known = dataclasses.replace(small, mirrors=(address,))
+        first = find(known, source="", places=("cache", "mirrors"))
+        first.files[NAMES[2]].write_bytes(b"damaged")
+        second = find(known, source="", places=("cache", "mirrors"))
+        assert second.origin == "the publisher" and len(asked) == 5  # only the damaged one
+        assert read_idx(second.files[NAMES[2]], "images").shape == (100, 28, 28)
+
+
+def test_a_lock_lets_one_in_and_ends_with_its_process(tmp_path):
+    script = (
+        "import sys; from project.data.sources import locked\n"
+        "with locked(sys.argv[1]): print('held', flush=True), input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path / "lock"], **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        entered = threading.Event()
+
+        def enter():
+            with locked(tmp_path / "lock"):
+                entered.set()
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        assert not entered.wait(0.3)
+        process.kill()  # it can't unlock any more: the system must
+        assert entered.wait(20)
+        thread.join()
+
+
+# ---- apt
+
+
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="there is no apt-get here")
+def test_without_a_package_of_that_name_apt_says_so(small, tmp_path, monkeypatch):
+    # an empty list of sources: nothing is asked of any network
+    config = tmp_path / "apt.conf"
+    config.write_text('Dir::Etc::sourcelist "/dev/null";\nDir::Etc::sourceparts "/dev/null";\n', encoding="utf-8")
+    monkeypatch.setenv("APT_CONFIG", str(config))
+    with pytest.raises(SourceError, match="by apt-get download: E: Unable to locate package no-such-package"):
+        find(dataclasses.replace(small, package="no-such-package", folder="/x"), source="", places=("apt",))
+
+
+@pytest.mark.skipif(not shutil.which("apt-get") or os.name != "posix", reason="there is no apt-get here")
+def test_apt_as_an_ordinary_user_without_package_lists(tmp_path):
+    """The real package, as a user who may write nothing of the system's, where `apt-get update` never ran."""
+    home = tmp_path / "home"
+    (home / "empty" / "partial").mkdir(parents=True)
+    (home / "apt.conf").write_text(f'Dir::State::lists "{home}/empty";\n', encoding="utf-8")
+    code = (
+        "import os; from project.data.sources import find; places = ('cache', 'apt')\n"
+        "a, b = (find('fashion_mnist', '', places) for _ in range(2))\n"
+        "print(os.geteuid(), a.origin, b.origin, a.published, sep='|')"
+    )
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "PROJECT_CACHE": str(home / "cache"),
+        "APT_CONFIG": str(home / "apt.conf"),
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    command = [sys.executable, "-c", code]
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("running as root, and there is no setpriv to become an ordinary user with")
+        for path in (home, *home.rglob("*")):
+            os.chown(path, 65534, 65534)
+        for parent in home.parents:  # pytest makes its folders for root alone
+            if parent.owner() == "root" and "pytest" in str(parent):
+                parent.chmod(0o755)
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
+    done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, check=False, timeout=240)
+    unreached = ("Temporary failure resolving", "Could not resolve", "Could not connect", "Unable to locate package")
+    if done.returncode and any(text in done.stderr for text in unreached):
+        pytest.skip(f"apt reaches no package of that name here: {done.stderr.strip().splitlines()[-2]}")
+    assert done.returncode == 0, done.stderr
+    uid, first, second, is_published = done.stdout.strip().split("|")
+    assert int(uid) != 0
+    assert (first, second) == ("the Debian package, by apt-get download", "the cache of earlier downloads")
+    assert is_published == "True"
+    assert not any((home / "empty").glob("*Packages*"))  # apt's own lists were left as they were
+
+
+# ---- the sample
+
+
+def test_the_sample_is_small_and_says_whose_it_is(sample):
+    assert sum(f.stat().st_size for f in sample.iterdir()) <= 300_000
+    assert "Zalando SE" in (sample / "LICENSE").read_text(encoding="utf-8")
+    assert "20170828" in (sample / "README.md").read_text(encoding="utf-8")
+    assert [f.name for f in published("fashion_mnist").files] == list(NAMES)
