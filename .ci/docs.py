@@ -1,7 +1,7 @@
 """Build the site from the notebooks into _docs/, as nbdev_docs does, but never install anything.
 
-Quarto renders it where it is on PATH, otherwise the stand-in beside this file. nbdev caches by time, and would keep pages of
-a package that has changed since: each build starts from nothing.
+Quarto renders it where it is on PATH, otherwise the stand-in beside this file. nbdev caches by time, and would keep
+pages of a package that has changed since: each build starts from nothing.
 """
 
 import json

@@ -1,7 +1,7 @@
 """README.md from nbs/index.ipynb, the same bytes on every machine: `readme.py [FILE]`. Needs nothing but nbformat.
 
-Prose stays as it is, with links made relative to the top. A code cell becomes a fenced block followed by what it printed or
-showed; `#| hide` leaves a cell out and `#| echo: false` leaves out its source. A figure is written to nbs/images/.
+Prose stays as it is, with links made relative to the top. A code cell becomes a fenced block followed by what it
+printed or showed; `#| hide` leaves a cell out, `#| echo: false` only its source. A figure is written to nbs/images/.
 """
 
 import base64
@@ -35,7 +35,7 @@ def shown(output, name):
     if output.output_type == "stream":
         return f"```text\n{output.text.rstrip()}\n```" if output.name == "stdout" else ""
     if output.output_type == "error":
-        raise SystemExit(f"index.ipynb holds an error, {output.ename}: {output.evalue}. Run it again before it becomes the README.")
+        raise SystemExit(f"index.ipynb shows an error, {output.ename}: {output.evalue}. Mend it and run it again.")
     data = output.data
     if "text/markdown" in data:
         return relink(data["text/markdown"].strip())

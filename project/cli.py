@@ -39,8 +39,8 @@ def app() -> None:
 
 # %% ../nbs/90_cli.ipynb #6c4dca74
 def _table(
-    rows: list[dict[str, Any]], # alike rows
-    title: str = "", # above the table
+    rows: list[dict[str, Any]],  # alike rows
+    title: str = "",  # above the table
 ) -> None:
     "Print rows as columns of text, which a person reads and `awk` does too."
     lines = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
@@ -90,8 +90,8 @@ def data_show(task: str, as_json: bool) -> None:
 
 # %% ../nbs/90_cli.ipynb #965c2b0d
 def _find_notebook(
-    name: str, # a path, or the name of a notebook in nbs/
-) -> Path: # an existing notebook
+    name: str,  # a path, or the name of a notebook in nbs/
+) -> Path:  # an existing notebook
     "A notebook by path, or by its name in nbs/."
     stem = name.removesuffix(".ipynb")
     for path in (Path(name), Path(f"{stem}.ipynb"), root() / "nbs" / f"{stem}.ipynb"):
@@ -102,9 +102,9 @@ def _find_notebook(
 
 
 def _parameters(
-    pairs: Iterable[tuple[str, str]], # from `-p`
-    files: Iterable[str], # from `-f`
-) -> dict[str, Any]: # as papermill would read them
+    pairs: Iterable[tuple[str, str]],  # from `-p`
+    files: Iterable[str],  # from `-f`
+) -> dict[str, Any]:  # as papermill would read them
     "The parameters of the command line, files first, typed by papermill's own rule."
     import yaml
     from papermill.cli import _resolve_type
@@ -124,12 +124,26 @@ def _parameters(
 @app.command("run")
 @click.argument("notebook")
 @click.argument("output", required=False)
-@click.option("-p", "--parameters", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter; may be repeated.")
-@click.option("-f", "--parameters-file", "files", multiple=True, type=click.Path(exists=True, dir_okay=False), help="YAML file of parameters.")
+@click.option(
+    "-p", "--parameters", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter; may be repeated."
+)
+@click.option(
+    "-f",
+    "--parameters-file",
+    "files",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="YAML file of parameters.",
+)
 @click.option("-k", "--kernel", default=None, help="Jupyter kernel; the notebook's own otherwise.")
 @click.option("--log-output/--no-log-output", default=False, help="Show what the notebook prints while it runs.")
 def run_notebook(
-    notebook: str, output: str | None, pairs: list[tuple[str, str]], files: list[str], kernel: str | None, log_output: bool
+    notebook: str,
+    output: str | None,
+    pairs: list[tuple[str, str]],
+    files: list[str],
+    kernel: str | None,
+    log_output: bool,
 ) -> None:
     """Execute a notebook with papermill.
 
@@ -152,10 +166,18 @@ def _execute(path: Path, target: Path, values: dict[str, Any], kernel: str | Non
     from jupyter_client.kernelspec import NoSuchKernel
 
     try:
-        papermill.execute_notebook(str(path), str(target), values, kernel_name=kernel, progress_bar=sys.stderr.isatty(),
-                                   log_output=log_output, autosave_cell_every=5)
+        papermill.execute_notebook(
+            str(path),
+            str(target),
+            values,
+            kernel_name=kernel,
+            progress_bar=sys.stderr.isatty(),
+            log_output=log_output,
+            autosave_cell_every=5,
+        )
     except NoSuchKernel as e:
-        raise click.ClickException(f"no Jupyter kernel named {e.name!r} here; `make setup` installs one, `jupyter kernelspec list` shows those there are") from e
+        there = "`make setup` installs one, `jupyter kernelspec list` shows those there are"
+        raise click.ClickException(f"no Jupyter kernel named {e.name!r} here; {there}") from e
     except papermill.PapermillExecutionError as e:
         said = f"cell {e.cell_index}: {e.ename}: {e.evalue}" if not os.environ.get("PROJECT_DEBUG") else str(e)
         raise click.ClickException(f"{said}\nThe executed notebook with the error: {show_path(target)}") from e
@@ -185,9 +207,9 @@ Check = tuple[str, str, str]  # ok | note | fix, what was looked at, what was fo
 def _check_python() -> Check:
     "The interpreter, and whether it is an environment of the project's own."
     found = f"{sys.version.split()[0]} in {show_path(sys.prefix)}"
-    if sys.version_info < (3, 11):
-        return "fix", "python", f"{found}; 3.11 or later is needed"
-    return ("ok", "python", found) if sys.prefix != sys.base_prefix else ("note", "python", f"{found}; not a virtual environment (`make setup` makes one)")
+    if sys.prefix == sys.base_prefix:
+        return "note", "python", f"{found}; not a virtual environment (`make setup` makes one)"
+    return "ok", "python", found
 
 
 def _check_kernel() -> Check:
@@ -198,9 +220,14 @@ def _check_kernel() -> Check:
         argv = KernelSpecManager().get_kernel_spec("python3").argv
     except NoSuchKernel:
         return "fix", "kernel", "no Jupyter kernel named python3; `make setup` installs one"
-    ours = shutil.which(argv[0]) or argv[0]
+    # a bare "python" is this interpreter: jupyter_client puts it in when it starts the kernel
+    ours = sys.executable if argv[0] in {"python", "python3", f"python3.{sys.version_info[1]}"} else argv[0]
     same = Path(ours).parent.resolve() == Path(sys.executable).parent.resolve()
-    return ("ok", "kernel", "python3") if same else ("fix", "kernel", f"python3 runs {ours}, not this environment; set JUPYTER_PREFER_ENV_PATH=1")
+    return (
+        ("ok", "kernel", "python3")
+        if same
+        else ("fix", "kernel", f"python3 runs {ours}, not this environment; set JUPYTER_PREFER_ENV_PATH=1")
+    )
 
 # %% ../nbs/90_cli.ipynb #f1963955
 def _check_torch() -> Check:
@@ -209,7 +236,11 @@ def _check_torch() -> Check:
         import torch
     except (ImportError, OSError) as e:
         return "fix", "torch", f"does not import ({e}); `make setup`"
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {_cores()} cores, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu, {_cores()} cores, {torch.get_num_threads()} threads"
+    )
     return "ok", "torch", f"{torch.__version__} on {name}"
 
 
@@ -252,7 +283,11 @@ def _check_disk() -> Check:
     where = ", ".join(show_path(p) for p in (data_dir(), runs_dir(), cache_dir()))
     if not os.access(folder, os.W_OK):
         return "fix", "disk", f"{show_path(folder)} cannot be written; set PROJECT_RUNS to a folder that can"
-    return "ok" if free > 2e9 else "fix", "disk", f"{human_bytes(free)} free" + ("" if free > 2e9 else f"; a few GB are needed in {where}")
+    return (
+        "ok" if free > 2e9 else "fix",
+        "disk",
+        f"{human_bytes(free)} free" + ("" if free > 2e9 else f"; a few GB are needed in {where}"),
+    )
 
 
 def _check_git() -> Check:
@@ -260,7 +295,11 @@ def _check_git() -> Check:
     state = git_state()
     if not state["commit"]:
         return "note", "git", "no commit found, so runs cannot name the code they ran; `git init` or clone"
-    return "ok", "git", f"{state['commit'][:7]} on {state['branch']}" + (", with uncommitted changes" if state["dirty"] else "")
+    return (
+        "ok",
+        "git",
+        f"{state['commit'][:7]} on {state['branch']}" + (", with uncommitted changes" if state["dirty"] else ""),
+    )
 
 # %% ../nbs/90_cli.ipynb #90d61610
 @app.command("doctor")
@@ -271,7 +310,15 @@ def doctor(as_json: bool) -> None:
     The exit status is 1 if something must be mended first.
     """
     checks: list[Callable[[], Check]] = [
-        _check_python, _check_kernel, _check_torch, _check_data, _check_dvc, _check_wandb, _check_disk, _check_git]
+        _check_python,
+        _check_kernel,
+        _check_torch,
+        _check_data,
+        _check_dvc,
+        _check_wandb,
+        _check_disk,
+        _check_git,
+    ]
     found = [check() for check in checks]
     if as_json:
         click.echo(json.dumps([dict(zip(("state", "what", "found"), c, strict=True)) for c in found], indent=1))

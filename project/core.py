@@ -19,7 +19,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
@@ -29,18 +28,19 @@ from typing import Any
 
 # %% ../nbs/00_core.ipynb #751b5ff7
 def _is_root(
-    folder: Path, # a folder that may be the top of a checkout
-) -> bool: # whether its settings.ini names this library
+    folder: Path,  # a folder that may be the top of a checkout
+) -> bool:  # whether its settings.ini names this library
     "Whether `folder` holds our own settings.ini (and not that of another nbdev project)."
     parser = ConfigParser(delimiters=["="])
     try:
-        return bool(parser.read(folder / "settings.ini", encoding="utf-8")) and parser.get("DEFAULT", "lib_name") == "project"
+        found = parser.read(folder / "settings.ini", encoding="utf-8")
+        return bool(found) and parser.get("DEFAULT", "lib_name") == "project"
     except Exception:  # an unreadable or foreign settings.ini is simply not ours
         return False
 
 
-def root() -> Path: # top of the checkout, or the working directory where there is none
-    "`PROJECT_ROOT`, else the nearest parent with our settings.ini, else the package's own checkout, else the working directory."
+def root() -> Path:  # top of the checkout, or the working directory where there is none
+    "`PROJECT_ROOT`, else the nearest parent with our settings.ini, else the package's own, else the working folder."
     if given := os.environ.get("PROJECT_ROOT"):
         return Path(given).expanduser().resolve()
     here = Path.cwd()
@@ -48,17 +48,17 @@ def root() -> Path: # top of the checkout, or the working directory where there 
     return next((p for p in (here, *here.parents, package) if _is_root(p)), here)
 
 # %% ../nbs/00_core.ipynb #a7f42cdc
-def data_dir() -> Path: # `PROJECT_DATA`, or data/ at the top
+def data_dir() -> Path:  # `PROJECT_DATA`, or data/ at the top
     "Where processed data lies, a folder a task."
     return Path(os.environ.get("PROJECT_DATA") or root() / "data").expanduser()
 
 
-def runs_dir() -> Path: # `PROJECT_RUNS`, or runs/ at the top
+def runs_dir() -> Path:  # `PROJECT_RUNS`, or runs/ at the top
     "Where runs are recorded, a folder a run."
     return Path(os.environ.get("PROJECT_RUNS") or root() / "runs").expanduser()
 
 
-def cache_dir() -> Path: # `PROJECT_CACHE`, or the user's cache folder
+def cache_dir() -> Path:  # `PROJECT_CACHE`, or the user's cache folder
     "Where downloads are kept; safe to delete."
     if given := os.environ.get("PROJECT_CACHE"):
         return Path(given).expanduser()
@@ -67,8 +67,8 @@ def cache_dir() -> Path: # `PROJECT_CACHE`, or the user's cache folder
 
 # %% ../nbs/00_core.ipynb #76b9703a
 def show_path(
-    path: str | Path, # any path
-) -> str: # relative to the top where it lies below it, with forward slashes
+    path: str | Path,  # any path
+) -> str:  # relative to the top where it lies below it, with forward slashes
     "A path as it should be printed: without the part that is different on every machine."
     path = Path(path).absolute()
     return path.relative_to(root()).as_posix() if path.is_relative_to(root()) else str(path)
@@ -76,9 +76,9 @@ def show_path(
 # %% ../nbs/00_core.ipynb #b7aa3f49
 @contextlib.contextmanager
 def atomic_path(
-    path: str | Path, # the file to make or replace
-) -> Iterator[Path]: # a temporary path beside it, to write to
-    "Write to the path given; on success it replaces `path` in one step, on any error it is removed and `path` is as it was."
+    path: str | Path,  # the file to make or replace
+) -> Iterator[Path]:  # a temporary path beside it, to write to
+    "Write to the path given: on success it replaces `path` in one step; on an error `path` is as it was."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}-{random.SystemRandom().randrange(16**8):08x}.tmp")
@@ -92,9 +92,9 @@ def atomic_path(
 
 # %% ../nbs/00_core.ipynb #916bf9fb
 def write_text(
-    path: str | Path, # the file to make or replace
-    text: str, # its whole content
-) -> Path: # the path
+    path: str | Path,  # the file to make or replace
+    text: str,  # its whole content
+) -> Path:  # the path
     "Write a text file atomically, with `\\n` line ends on every system."
     with atomic_path(path) as tmp:
         tmp.write_text(text, encoding="utf-8", newline="\n")
@@ -102,16 +102,16 @@ def write_text(
 
 
 def write_json(
-    path: str | Path, # the file to make or replace
-    obj: Any, # anything JSON knows; NaN is refused, since other readers refuse it
-) -> Path: # the path
+    path: str | Path,  # the file to make or replace
+    obj: Any,  # anything JSON knows; NaN is refused, since other readers refuse it
+) -> Path:  # the path
     "Write `obj` as indented JSON, atomically."
     return write_text(path, json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(
-    path: str | Path, # a file written by `write_json`
-) -> Any: # what it holds
+    path: str | Path,  # a file written by `write_json`
+) -> Any:  # what it holds
     "Read a JSON file; a damaged one is named in the error."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -120,8 +120,8 @@ def read_json(
 
 # %% ../nbs/00_core.ipynb #a19e9aaf
 def human_bytes(
-    n: float, # a number of bytes
-) -> str: # "1.5 MB"
+    n: float,  # a number of bytes
+) -> str:  # "1.5 MB"
     "A number of bytes as a person reads it (decimal units, as disks are sold)."
     units = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
     i = 0
@@ -131,21 +131,22 @@ def human_bytes(
 
 
 def check_space(
-    path: str | Path, # a file or folder about to be written; it need not exist yet
-    nbytes: int, # how much is about to be written
+    path: str | Path,  # a file or folder about to be written; it need not exist yet
+    nbytes: int,  # how much is about to be written
 ) -> None:
     "Raise `OSError` (no space left) if the disk below `path` holds less than `nbytes`."
     path = Path(path).absolute()
     folder = next(p for p in (path, *path.parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if free < nbytes:
-        text = f"{human_bytes(nbytes)} are needed and {human_bytes(free)} are free; free some space or choose another folder"
+        found = f"{human_bytes(nbytes)} are needed and {human_bytes(free)} are free"
+        text = f"{found}; free some space or choose another folder"
         raise OSError(errno.ENOSPC, text, str(path))
 
 # %% ../nbs/00_core.ipynb #235aa8fe
 def sha256(
-    content: bytes | str | Path, # bytes, or the path of a file
-) -> str: # 64 hexadecimal digits
+    content: bytes | str | Path,  # bytes, or the path of a file
+) -> str:  # 64 hexadecimal digits
     "The SHA-256 of some bytes, or of a file's content (read in pieces)."
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
@@ -154,23 +155,23 @@ def sha256(
 
 
 def hash_json(
-    obj: Any, # anything JSON knows
-) -> str: # 64 hexadecimal digits
+    obj: Any,  # anything JSON knows
+) -> str:  # 64 hexadecimal digits
     "A hash of a value that does not depend on the order of its keys."
     return sha256(json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
 
 # %% ../nbs/00_core.ipynb #81c9027c
 def nearest(
-    name: str, # what was given
-    names: Iterable[str], # what exists
-) -> str: # " Did you mean 'epochs'?", or an empty text
+    name: str,  # what was given
+    names: Iterable[str],  # what exists
+) -> str:  # " Did you mean 'epochs'?", or an empty text
     "The end of an error message for an unknown name: the one that was probably meant."
     found = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 # %% ../nbs/00_core.ipynb #e8c5c4eb
 def seed_everything(
-    seed: int, # 0 to 2**32 - 1
+    seed: int,  # 0 to 2**32 - 1
 ) -> None:
     "Seed Python, NumPy and, if it is loaded, torch."
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
@@ -183,9 +184,9 @@ def seed_everything(
 
 # %% ../nbs/00_core.ipynb #cba2b889
 def _git(
-    *args: str, # arguments of git
-    cwd: Path, # the folder to ask about
-) -> str | None: # its output; None where git or a repository is missing
+    *args: str,  # arguments of git
+    cwd: Path,  # the folder to ask about
+) -> str | None:  # its output; None where git or a repository is missing
     "What a git command prints, without its last line end."
     try:
         out = subprocess.run(["git", *args], cwd=cwd, capture_output=True, text=True, timeout=20, check=False)
@@ -195,8 +196,8 @@ def _git(
 
 
 def git_state(
-    path: str | Path | None = None, # a folder in the checkout; None: the top
-) -> dict[str, Any]: # commit (or None), branch, dirty
+    path: str | Path | None = None,  # a folder in the checkout; None: the top
+) -> dict[str, Any]:  # commit (or None), branch, dirty
     "The commit a run stands on, and whether the working tree differs from it (None: no repository)."
     cwd = Path(path or root())
     status = _git("status", "--porcelain", cwd=cwd)
@@ -210,7 +211,7 @@ def git_state(
 _PACKAGES = ("torch", "pytorch-lightning", "numpy", "onnxruntime", "onnx", "papermill", "wandb", "dvc")
 
 
-def environment() -> dict[str, Any]: # versions and machine, JSON types only
+def environment() -> dict[str, Any]:  # versions and machine, JSON types only
     "The versions and the machine a result depends on. Packages are looked up, not imported."
     versions = {}
     for name in _PACKAGES:
@@ -225,12 +226,12 @@ def environment() -> dict[str, Any]: # versions and machine, JSON types only
     }
 
 
-def _cores() -> int: # cores this process may use
+def _cores() -> int:  # cores this process may use
     "The cores this process may use, which a container can make fewer than the machine has."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpu_name() -> str: # as the system calls it
+def _cpu_name() -> str:  # as the system calls it
     "The processor's name; /proc/cpuinfo knows it where Python does not."
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
@@ -238,22 +239,24 @@ def _cpu_name() -> str: # as the system calls it
     return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/00_core.ipynb #d86bc1dc
-def _in_jupyter() -> bool: # whether somebody looks at this kernel in a browser or an editor
+def _in_jupyter() -> bool:  # whether somebody looks at this kernel in a browser or an editor
     "Whether this is a kernel with a front end; papermill's kernels have none."
     main = sys.modules.get("__main__")
     return "ipykernel" in sys.modules and ("JPY_SESSION_NAME" in os.environ or hasattr(main, "__vsc_ipynb_file__"))
 
 
 def _duration(
-    seconds: float, # a time
-) -> str: # "42s", "3:05", "1:02:03"
+    seconds: float,  # a time
+) -> str:  # "42s", "3:05", "1:02:03"
     "A time as a clock shows it."
     s = round(seconds)
-    return f"{s}s" if s < 60 else f"{s // 60}:{s % 60:02d}" if s < 3600 else f"{s // 3600}:{s % 3600 // 60:02d}:{s % 60:02d}"
+    if s < 3600:
+        return f"{s}s" if s < 60 else f"{s // 60}:{s % 60:02d}"
+    return f"{s // 3600}:{s % 3600 // 60:02d}:{s % 60:02d}"
 
 # %% ../nbs/00_core.ipynb #7edcb7e6
 class _Lines:
-    "Progress as lines: the first after `every` seconds, then at most one in that time, and one at the end of work that took long."
+    "Progress as lines: at most one in `every` seconds, and a last one; none for work that is quicker."
 
     def __init__(self, total: float | None, desc: str, unit: str, every: float, file: Any):
         self.total, self.desc, self.unit, self.every, self.file = total, desc, unit, every, file
@@ -293,11 +296,18 @@ class _Bar:
     "Progress as tqdm's bar, in a terminal or in JupyterLab."
 
     def __init__(self, total: float | None, desc: str, unit: str, notebook: bool):
-        # tqdm.notebook needs ipywidgets; the plain bar is the same thing as text, rewritten in place.
+        # tqdm.notebook needs ipywidgets; the plain bar is the same as text, rewritten in place.
         from tqdm import tqdm
 
-        self.bar = tqdm(total=total, desc=desc, unit=f" {unit}" if unit else "it", mininterval=0.5 if notebook else 0.1,
-                        dynamic_ncols=not notebook, leave=False, file=sys.stderr)
+        self.bar = tqdm(
+            total=total,
+            desc=desc,
+            unit=f" {unit}" if unit else "it",
+            mininterval=0.5 if notebook else 0.1,
+            dynamic_ncols=not notebook,
+            leave=False,
+            file=sys.stderr,
+        )
 
     def update(self, n: float = 1, **info: Any) -> None:
         "Note that `n` more are done, and what to show beside them."
@@ -317,13 +327,13 @@ class _Bar:
 
 # %% ../nbs/00_core.ipynb #999d481e
 def progress(
-    total: float | None = None, # how many there are; None where it is not known
-    desc: str = "", # what is being done
-    unit: str = "", # of what
-    every: float = 5, # seconds between lines where there is no bar
-    file: Any = None, # where lines go; None: the error stream
-) -> "_Lines | _Bar": # has `.update(n, **info)` and `.close()`, and is a context manager
-    "A progress display for the place we are in: a bar for eyes, few lines for a log. `PROJECT_PROGRESS=off` silences it."
+    total: float | None = None,  # how many there are; None where it is not known
+    desc: str = "",  # what is being done
+    unit: str = "",  # of what
+    every: float = 5,  # seconds between lines where there is no bar
+    file: Any = None,  # where lines go; None: the error stream
+) -> "_Lines | _Bar":  # has `.update(n, **info)` and `.close()`, and is a context manager
+    "A progress display for where we are: a bar for eyes, few lines for a log; `PROJECT_PROGRESS=off` silences it."
     if os.environ.get("PROJECT_PROGRESS") == "off":
         return _Lines(total, desc, unit, float("inf"), file)
     if file is None and (_in_jupyter() or ("ipykernel" not in sys.modules and sys.stderr.isatty())):

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+# %% ../nbs/06_figures.ipynb #383ff1fd
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../nbs/06_figures.ipynb #c1e34355
 def _figure(
-    width: float, # inches
-    height: float, # inches
-    **kwargs: Any, # for `subplots`
-) -> tuple["Figure", Any]: # the figure and its axes
+    width: float,  # inches
+    height: float,  # inches
+    **kwargs: Any,  # for `subplots`
+) -> tuple["Figure", Any]:  # the figure and its axes
     "A figure that pyplot does not know, small enough to be committed."
     from matplotlib.figure import Figure as Base
 
@@ -34,10 +35,10 @@ def _figure(
 
 # %% ../nbs/06_figures.ipynb #e965c477
 def show_images(
-    images: np.ndarray, # (N, H, W) or (N, H, W, 3), uint8
-    titles: Sequence[str] = (), # N short texts, or none
-    columns: int = 10, # how many in a row
-    size: float = 0.8, # inches an image
+    images: np.ndarray,  # (N, H, W) or (N, H, W, 3), uint8
+    titles: Sequence[str] = (),  # N short texts, or none
+    columns: int = 10,  # how many in a row
+    size: float = 0.8,  # inches an image
 ) -> "Figure":
     "Images in a grid, as they are: no smoothing, no scaling of grey values."
     if not len(images):
@@ -54,9 +55,9 @@ def show_images(
 
 # %% ../nbs/06_figures.ipynb #cbb519b8
 def show_history(
-    rows: Sequence[Mapping[str, Any]], # metrics by step or epoch; not every row has every metric
-    groups: Sequence[Sequence[str]] = (("train/loss", "val/loss"), ("val/acc",)), # the metrics of each panel
-    x: str = "epoch", # what runs along
+    rows: Sequence[Mapping[str, Any]],  # metrics by step or epoch; not every row has every metric
+    groups: Sequence[Sequence[str]] = (("train/loss", "val/loss"), ("val/acc",)),  # the metrics of each panel
+    x: str = "epoch",  # what runs along
 ) -> "Figure":
     "Curves of a training, a panel a group of metrics."
     figure, axes = _figure(4.2 * len(groups), 2.6, ncols=len(groups), squeeze=False)
@@ -65,7 +66,13 @@ def show_history(
             points = [(row[x], row[name]) for row in rows if row.get(name) is not None and row.get(x) is not None]
             if points:
                 few = len(points) < 50
-                ax.plot(*zip(*points, strict=True), marker="o" if few else None, markersize=3, linewidth=1.5 if few else 0.7, label=name)
+                ax.plot(
+                    *zip(*points, strict=True),
+                    marker="o" if few else None,
+                    markersize=3,
+                    linewidth=1.5 if few else 0.7,
+                    label=name,
+                )
         ax.set_xlabel(x)
         ax.grid(alpha=0.3)
         if ax.lines:
@@ -74,8 +81,8 @@ def show_history(
 
 # %% ../nbs/06_figures.ipynb #712b704c
 def show_confusion(
-    matrix: np.ndarray, # (C, C) counts; a row is a true class
-    classes: Sequence[str], # C names
+    matrix: np.ndarray,  # (C, C) counts; a row is a true class
+    classes: Sequence[str],  # C names
 ) -> "Figure":
     "A confusion matrix with its counts; the colour shows the mistakes, as a share of the true class."
     size = 1.2 + 0.42 * len(classes)
@@ -98,20 +105,29 @@ class Table:
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, Any]], # alike rows
-        digits: int = 4, # of floats
+        rows: Sequence[Mapping[str, Any]],  # alike rows
+        digits: int = 4,  # of floats
     ):
         self.rows, self.digits = list(rows), digits
 
     def _cell(self, value: Any) -> str:
-        text = f"{value:.{self.digits}f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        text = (
+            f"{value:.{self.digits}f}"
+            if isinstance(value, float)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else str(value)
+        )
         return text.replace("|", "\\|")
 
     def _repr_markdown_(self) -> str:
         if not self.rows:
             return "(no rows)"
         numeric = {k: isinstance(v, (int, float)) for k, v in self.rows[0].items()}
-        lines = ["| " + " | ".join(numeric) + " |", "|" + "|".join("--:" if n else "---" for n in numeric.values()) + "|"]
+        lines = [
+            "| " + " | ".join(numeric) + " |",
+            "|" + "|".join("--:" if n else "---" for n in numeric.values()) + "|",
+        ]
         return "\n".join(lines + ["| " + " | ".join(self._cell(v) for v in row.values()) + " |" for row in self.rows])
 
     def __repr__(self) -> str:

@@ -15,12 +15,14 @@ import numpy as np
 
 # %% ../nbs/05_metrics.ipynb #5e31d04e
 def _check(
-    probabilities: np.ndarray, # (N, C)
-    labels: np.ndarray, # (N,) class indices
+    probabilities: np.ndarray,  # (N, C)
+    labels: np.ndarray,  # (N,) class indices
 ) -> None:
     "Refuse what could only give a wrong number."
     if probabilities.ndim != 2 or labels.shape != (len(probabilities),) or not len(labels):
-        raise ValueError(f"expected probabilities (N, C) and labels (N,) with N > 0, got {probabilities.shape} and {labels.shape}")
+        raise ValueError(
+            f"expected probabilities (N, C) and labels (N,) with N > 0, got {probabilities.shape} and {labels.shape}"
+        )
     if not np.isfinite(probabilities).all():
         raise ValueError("the probabilities hold NaN or infinite values: the model diverged")
     if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
@@ -28,10 +30,10 @@ def _check(
 
 # %% ../nbs/05_metrics.ipynb #5bc1809f
 def wilson_interval(
-    successes: int, # how many were right
-    n: int, # of how many
-    confidence: float = 0.95, # of the interval
-) -> tuple[float, float]: # lower and upper end
+    successes: int,  # how many were right
+    n: int,  # of how many
+    confidence: float = 0.95,  # of the interval
+) -> tuple[float, float]:  # lower and upper end
     "Wilson's score interval for a proportion."
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"expected 0 <= successes <= n with n >= 1, got {successes} of {n}")
@@ -43,34 +45,35 @@ def wilson_interval(
 
 # %% ../nbs/05_metrics.ipynb #32e7b72a
 def confusion_matrix(
-    labels: np.ndarray, # (N,) true class indices
-    predictions: np.ndarray, # (N,) predicted class indices
-    classes: int, # how many there are
-) -> np.ndarray: # (C, C) counts
+    labels: np.ndarray,  # (N,) true class indices
+    predictions: np.ndarray,  # (N,) predicted class indices
+    classes: int,  # how many there are
+) -> np.ndarray:  # (C, C) counts
     "How often each class was taken for each."
     return np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)
 
 # %% ../nbs/05_metrics.ipynb #d07394d7
 def summary(
-    probabilities: np.ndarray, # (N, C)
-    labels: np.ndarray, # (N,) class indices
-) -> dict[str, float]: # acc, its 95 % interval (acc_low, acc_high), macro F1, log loss, n
-    "The numbers that stand for an evaluation. Log loss is the mean of -log p(true class), p cut at 1e-7."
+    probabilities: np.ndarray,  # (N, C)
+    labels: np.ndarray,  # (N,) class indices
+) -> dict[str, float]:  # acc with its 95 % interval, f1 (macro), loss, n
+    "The numbers that stand for an evaluation; log loss is the mean of -log p(true class), p cut at 1e-7."
     _check(probabilities, labels)
     predictions, n = probabilities.argmax(1), len(labels)
     right = int((predictions == labels).sum())
     low, high = wilson_interval(right, n)
     p_true = np.clip(probabilities[np.arange(n), labels], 1e-7, 1)
     f1 = [row["f1"] for row in per_class(probabilities, labels, range(probabilities.shape[1])) if row["n"]]
-    return {"acc": right / n, "acc_low": low, "acc_high": high, "f1": float(np.mean(f1)), "loss": float(-np.log(p_true).mean()), "n": n}
+    loss = float(-np.log(p_true).mean())
+    return {"acc": right / n, "acc_low": low, "acc_high": high, "f1": float(np.mean(f1)), "loss": loss, "n": n}
 
 
 def per_class(
-    probabilities: np.ndarray, # (N, C)
-    labels: np.ndarray, # (N,) class indices
-    classes: Sequence[Any], # C names
-) -> list[dict[str, Any]]: # a row a class: class, n, precision, recall, f1, taken for
-    "Precision, recall and F1 by class, and what each is most often taken for. A class nothing was predicted as has precision 0."
+    probabilities: np.ndarray,  # (N, C)
+    labels: np.ndarray,  # (N,) class indices
+    classes: Sequence[Any],  # C names
+) -> list[dict[str, Any]]:  # a row a class: class, n, precision, recall, f1, taken for
+    "Precision, recall, F1 by class, and what each is most often taken for; a class never predicted has precision 0."
     _check(probabilities, labels)
     matrix = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
     rows = []
@@ -78,17 +81,24 @@ def per_class(
         hit, true, said = int(matrix[k, k]), int(matrix[k].sum()), int(matrix[:, k].sum())
         wrong = matrix[k].copy()
         wrong[k] = 0
-        rows.append({"class": name, "n": true, "precision": hit / said if said else 0.0, "recall": hit / true if true else 0.0,
-                     "f1": 2 * hit / (true + said) if true + said else 0.0,
-                     "taken for": f"{classes[int(wrong.argmax())]} ({int(wrong.max())})" if wrong.any() else ""})
+        rows.append(
+            {
+                "class": name,
+                "n": true,
+                "precision": hit / said if said else 0.0,
+                "recall": hit / true if true else 0.0,
+                "f1": 2 * hit / (true + said) if true + said else 0.0,
+                "taken for": f"{classes[int(wrong.argmax())]} ({int(wrong.max())})" if wrong.any() else "",
+            }
+        )
     return rows
 
 # %% ../nbs/05_metrics.ipynb #b7807c34
 def worst_mistakes(
-    probabilities: np.ndarray, # (N, C)
-    labels: np.ndarray, # (N,) class indices
-    n: int = 12, # at most so many
-) -> np.ndarray: # row numbers, the most confident mistake first
+    probabilities: np.ndarray,  # (N, C)
+    labels: np.ndarray,  # (N,) class indices
+    n: int = 12,  # at most so many
+) -> np.ndarray:  # row numbers, the most confident mistake first
     "Rows predicted wrong, by how sure the model was."
     _check(probabilities, labels)
     wrong = np.flatnonzero(probabilities.argmax(1) != labels)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 240  # for one notebook; far above what any takes, so that only a hang meets it
+SECONDS = 600  # for one notebook; far above what any takes, so that only a hang meets it
 OWN_GROUP = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}  # a new process group
 SMOKE = {"limit_batches": "5"}  # parameters that make a run small, given to notebooks that have them
 NEEDS = {"evaluate.ipynb": "train.ipynb"}  # a notebook that works on what another one leaves

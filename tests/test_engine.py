@@ -65,8 +65,9 @@ def test_the_engine_is_the_default_whichever_is_imported_first(tmp_path):
 
 
 def test_what_is_to_be_done_then_is_done_once_the_notebook_is_whole(tmp_path):
+    there = "str(Path(run, 'notebook.ipynb').exists())"
     (tmp_path / "later.py").write_text(
-        "from pathlib import Path\ndef note(run): Path(run, 'then').write_text(str(Path(run, 'notebook.ipynb').exists()))"
+        f"from pathlib import Path\ndef note(run): Path(run, 'then').write_text({there})"
     )
     then = "from project.runs.engine import leave_note; leave_note(run.path, 'later:note')"
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"

@@ -26,7 +26,7 @@ def _no_wandb_settings(monkeypatch):
 
 
 def records(folder: Path) -> list:
-    """What the offline file holds: protobuf records in LevelDB's log framing (blocks of 32 KiB, a header of 7 bytes a piece)."""
+    """What the offline file holds: protobuf in LevelDB's log framing (blocks of 32 KiB, headers of 7 bytes)."""
     from wandb.proto import wandb_internal_pb2
 
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")

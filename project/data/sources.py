@@ -55,12 +55,15 @@ class Published:
 # %% ../../nbs/20_data.sources.ipynb #53242777
 _FASHION = Published(
     task="fashion_mnist",
-    files=tuple(PublishedFile(name, sha, size) for name, size, sha in (
-        ("train-images-idx3-ubyte", 47040016, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
-        ("train-labels-idx1-ubyte", 60008, "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
-        ("t10k-images-idx3-ubyte", 7840016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
-        ("t10k-labels-idx1-ubyte", 10008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
-    )),
+    files=tuple(
+        PublishedFile(name, sha, size)
+        for name, size, sha in (
+            ("train-images-idx3-ubyte", 47040016, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
+            ("train-labels-idx1-ubyte", 60008, "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+            ("t10k-images-idx3-ubyte", 7840016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
+            ("t10k-labels-idx1-ubyte", 10008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
+        )
+    ),
     mirrors=(
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
         "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
@@ -72,8 +75,8 @@ _PUBLISHED = {p.task: p for p in (_FASHION,)}
 
 
 def published(
-    task: str, # a task's name
-) -> Published: # its files and where they lie
+    task: str,  # a task's name
+) -> Published:  # its files and where they lie
     "What is published for a task."
     if task not in _PUBLISHED:
         raise ValueError(f"expected one of {', '.join(_PUBLISHED)}, got {task!r}.{nearest(task, _PUBLISHED)}")
@@ -81,9 +84,9 @@ def published(
 
 # %% ../../nbs/20_data.sources.ipynb #fb64f5d6
 def read_content(
-    path: str | Path, # a file, packed with gzip or not
-    limit: int | None = None, # refuse more unpacked bytes than this
-) -> bytes: # the unpacked content
+    path: str | Path,  # a file, packed with gzip or not
+    limit: int | None = None,  # refuse more unpacked bytes than this
+) -> bytes:  # the unpacked content
     "The content of a file, unpacked if it is packed."
     path = Path(path)
     with path.open("rb") as f:
@@ -99,18 +102,28 @@ def read_content(
 
 
 def _check_file(
-    path: Path, # a file found somewhere
-    file: PublishedFile, # what it should hold
+    path: Path,  # a file found somewhere
+    file: PublishedFile,  # what it should hold
 ) -> None:
     "Raise `ValueError` unless `path` holds the published content, packed or not."
     content = read_content(path, file.size)
     if (found := sha256(content)) != file.sha256:
-        raise ValueError(f"{path.name}: expected {file.size:,} bytes with sha256 {file.sha256[:12]}…, "
-                         f"found {len(content):,} with {found[:12]}…")
+        raise ValueError(
+            f"{path.name}: expected {file.size:,} bytes with sha256 {file.sha256[:12]}…, "
+            f"found {len(content):,} with {found[:12]}…"
+        )
 
 # %% ../../nbs/20_data.sources.ipynb #8d13c00a
-_SIGNATURES = {b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image", b"GIF8": "a GIF image", b"BM": "a BMP image",
-               b"PK": "a zip archive", b"<": "a web page or XML", b"%PDF": "a PDF", b"\x93NUMPY": "a NumPy array"}
+_SIGNATURES = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"BM": "a BMP image",
+    b"PK": "a zip archive",
+    b"<": "a web page or XML",
+    b"%PDF": "a PDF",
+    b"\x93NUMPY": "a NumPy array",
+}
 
 
 def _bad(path: Path, expected: str, found: str) -> ValueError:
@@ -118,10 +131,10 @@ def _bad(path: Path, expected: str, found: str) -> ValueError:
 
 
 def _idx_shape(
-    path: Path, # named in errors
-    content: bytes, # of the file, unpacked
-    dims: int | None, # how many dimensions it should have; None: any
-) -> tuple[int, ...]: # its dimensions
+    path: Path,  # named in errors
+    content: bytes,  # of the file, unpacked
+    dims: int | None,  # how many dimensions it should have; None: any
+) -> tuple[int, ...]:  # its dimensions
     "Read and check the head of an IDX file."
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         kind = next((what for start, what in _SIGNATURES.items() if content.startswith(start)), "")
@@ -135,10 +148,10 @@ def _idx_shape(
 
 
 def read_idx(
-    path: str | Path, # the file, packed with gzip or not
-    kind: str | None = None, # "images" (three dimensions), "labels" (one), None: any
-    classes: int | None = None, # labels must be below this
-) -> np.ndarray: # unsigned bytes, in the file's shape, read-only
+    path: str | Path,  # the file, packed with gzip or not
+    kind: str | None = None,  # "images" (three dimensions), "labels" (one), None: any
+    classes: int | None = None,  # labels must be below this
+) -> np.ndarray:  # unsigned bytes, in the file's shape, read-only
     "Read an IDX file, strictly: type, dimensions, exact length, range of labels."
     if kind not in (dims := {"images": 3, "labels": 1, None: None}):
         raise ValueError(f"kind: expected 'images', 'labels' or None, got {kind!r}")
@@ -156,7 +169,7 @@ def read_idx(
 # %% ../../nbs/20_data.sources.ipynb #886d3530
 @contextlib.contextmanager
 def locked(
-    path: str | Path, # a file that exists only to be locked
+    path: str | Path,  # a file that exists only to be locked
 ) -> Iterator[None]:
     "Let one process at a time into the block."
     path = Path(path)
@@ -207,25 +220,27 @@ _CORRECT = "Correct it, or unset it to look in the usual places."
 
 
 def _in_folder(
-    p: Published, # what to look for
-    folder: Path, # holds the files, or a folder named as the task that does
-) -> dict[str, Path] | None: # their paths; None where it holds none of them
+    p: Published,  # what to look for
+    folder: Path,  # holds the files, or a folder named as the task that does
+) -> dict[str, Path] | None:  # their paths; None where it holds none of them
     "The published files in a folder, packed or not; a folder with some of them is an error."
     for place in (folder / p.task, folder):
         paths = {f.name: path for f in p.files for path in (place / f"{f.name}.gz", place / f.name) if path.is_file()}
         if missing := [f.name for f in p.files if f.name not in paths]:
             if paths:
-                raise SourceError(f"{place}: expected {', '.join(f.name for f in p.files)} (each may end in .gz), "
-                                  f"found no {', '.join(missing)}. Add what is missing.")
+                raise SourceError(
+                    f"{place}: expected {', '.join(f.name for f in p.files)} (each may end in .gz), "
+                    f"found no {', '.join(missing)}. Add what is missing."
+                )
             continue
         return paths
     return None
 
 
 def _from_setting(
-    p: Published, # what to look for
-    setting: str, # a folder or a URL; empty: PROJECT_SOURCE is not set
-) -> dict[str, Path]: # the paths of the files
+    p: Published,  # what to look for
+    setting: str,  # a folder or a URL; empty: PROJECT_SOURCE is not set
+) -> dict[str, Path]:  # the paths of the files
     "What somebody named, by PROJECT_SOURCE or as an argument."
     if not setting:
         raise _NotHere("not set")
@@ -234,17 +249,19 @@ def _from_setting(
         return _from_url(p, setting)
     folder = Path(urllib.request.url2pathname(urlsplit(setting).path) if scheme else setting).expanduser()
     if not folder.is_dir():
-        raise SourceError(f"{p.task}: PROJECT_SOURCE is {setting!r}: expected a folder with {p.files[0].name}.gz "
-                          f"and the like, or with a folder {p.task} of them, found none. {_CORRECT}")
+        raise SourceError(
+            f"{p.task}: PROJECT_SOURCE is {setting!r}: expected a folder with {p.files[0].name}.gz "
+            f"and the like, or with a folder {p.task} of them, found none. {_CORRECT}"
+        )
     if (paths := _in_folder(p, folder)) is None:
         raise _NotHere(f"{setting} has neither {p.files[0].name} nor a folder {p.task}")
     return paths
 
 # %% ../../nbs/20_data.sources.ipynb #01ad65af
 def _checked(
-    p: Published, # what is expected
-    paths: dict[str, Path] | None, # where it was found
-) -> dict[str, Path]: # the same paths
+    p: Published,  # what is expected
+    paths: dict[str, Path] | None,  # where it was found
+) -> dict[str, Path]:  # the same paths
     "The paths, if each holds the published content."
     if paths is None:
         raise _NotHere("none of the files are there")
@@ -257,8 +274,8 @@ def _checked(
 
 
 def _from_installed(
-    p: Published, # what to look for
-) -> dict[str, Path]: # the paths of the files
+    p: Published,  # what to look for
+) -> dict[str, Path]:  # the paths of the files
     "The folder of the Debian package, if it is installed."
     if not p.folder or not Path(p.folder).is_dir():
         raise _NotHere(f"{p.package} is not installed" if p.package else "no package holds them")
@@ -266,15 +283,15 @@ def _from_installed(
 
 # %% ../../nbs/20_data.sources.ipynb #42315b7d
 def _cache(
-    p: Published, # whose files
-) -> Path: # may not exist yet
+    p: Published,  # whose files
+) -> Path:  # may not exist yet
     "The folder that keeps what was fetched for a task."
     return cache_dir() / "sources" / p.task
 
 
 def _from_cache(
-    p: Published, # what to look for
-) -> dict[str, Path]: # the paths of the files
+    p: Published,  # what to look for
+) -> dict[str, Path]:  # the paths of the files
     "What an earlier build fetched."
     paths = {f.name: _cache(p) / f"{f.name}.gz" for f in p.files}
     return _checked(p, paths if all(path.is_file() for path in paths.values()) else None)
@@ -302,11 +319,11 @@ Acquire::Retries "1";
 
 # %% ../../nbs/20_data.sources.ipynb #d4e4500e
 def _run(
-    command: list[str], # program and arguments
-    cwd: Path, # where to run it; its output is kept there
-    desc: str, # for the progress display
-    timeout: float, # seconds
-) -> str: # what it printed
+    command: list[str],  # program and arguments
+    cwd: Path,  # where to run it; its output is kept there
+    desc: str,  # for the progress display
+    timeout: float,  # seconds
+) -> str:  # what it printed
     "Run a program that fetches into `cwd`, showing how much has arrived; its error lines become the reason."
     log, end = cwd / "output.txt", time.monotonic() + timeout
     env = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
@@ -332,8 +349,8 @@ def _run(
 
 
 def _arrived(
-    folder: Path, # where a program fetches to
-) -> float: # in MB
+    folder: Path,  # where a program fetches to
+) -> float:  # in MB
     "The size of what has been fetched so far; files may come and go meanwhile."
     size = 0
     for path in (*folder.glob("*.deb"), *folder.glob("state/lists/**/*")):
@@ -343,9 +360,9 @@ def _arrived(
 
 # %% ../../nbs/20_data.sources.ipynb #bf608ce7
 def _apt_download(
-    package: str, # its name
-    here: Path, # an empty folder
-) -> Path: # the package file in it
+    package: str,  # its name
+    here: Path,  # an empty folder
+) -> Path:  # the package file in it
     "Download a package with the lists apt has, or else with lists of our own."
     for folder in ("state/lists/partial", "cache/archives/partial", "log"):
         (here / folder).mkdir(parents=True)
@@ -366,8 +383,8 @@ def _apt_download(
 
 
 def _from_apt(
-    p: Published, # what to look for
-) -> dict[str, Path]: # the paths of the files
+    p: Published,  # what to look for
+) -> dict[str, Path]:  # the paths of the files
     "The Debian package, downloaded and unpacked into the cache; needs apt but not root."
     if not p.package:
         raise _NotHere("no package holds them")
@@ -388,11 +405,11 @@ def _from_apt(
 
 # %% ../../nbs/20_data.sources.ipynb #85e06639
 def _download(
-    url: str, # http or https
-    target: Path, # the file to write
-    limit: int | None = None, # refuse more bytes than this
-    timeout: float = 10, # seconds without any answer
-    deadline: float = 900, # seconds in all
+    url: str,  # http or https
+    target: Path,  # the file to write
+    limit: int | None = None,  # refuse more bytes than this
+    timeout: float = 10,  # seconds without any answer
+    deadline: float = 900,  # seconds in all
 ) -> None:
     "Fetch a URL into a file, with time-outs, a size limit and a progress display."
     start, done = time.monotonic(), 0
@@ -414,12 +431,12 @@ def _download(
 
 # %% ../../nbs/20_data.sources.ipynb #61ae07a3
 def _fetch_checked(
-    mirror: str, # URL of a folder
-    file: PublishedFile, # the file that should be in it
-    target: Path, # where it goes
-    mirrors: list[str], # those still worth asking; changed
-    failed: list[str], # why not; changed
-) -> bool: # whether it worked
+    mirror: str,  # URL of a folder
+    file: PublishedFile,  # the file that should be in it
+    target: Path,  # where it goes
+    mirrors: list[str],  # those still worth asking; changed
+    failed: list[str],  # why not; changed
+) -> bool:  # whether it worked
     "Fetch one file from one mirror; nothing stays of a wrong one."
     url = f"{mirror}/{file.name}.gz"
     try:
@@ -438,8 +455,8 @@ def _fetch_checked(
 
 
 def _from_mirrors(
-    p: Published, # what to look for
-) -> dict[str, Path]: # the paths of the files
+    p: Published,  # what to look for
+) -> dict[str, Path]:  # the paths of the files
     "The published URLs, in order, each file checked before it counts."
     mirrors = list(p.mirrors)
     with locked(_cache(p) / ".lock"):
@@ -456,10 +473,10 @@ def _from_mirrors(
 
 # %% ../../nbs/20_data.sources.ipynb #63ec53ac
 def _fetch_all(
-    p: Published, # what to look for
-    url: str, # a folder
-    get: Callable[[str, Path], None], # fetches a URL into a path, or raises FileNotFoundError
-) -> dict[str, Path]: # the paths of the files
+    p: Published,  # what to look for
+    url: str,  # a folder
+    get: Callable[[str, Path], None],  # fetches a URL into a path, or raises FileNotFoundError
+) -> dict[str, Path]:  # the paths of the files
     "Fetch all files from below a URL, from its folder named as the task or from itself."
     here = _cache(p) / "named" / sha256(url.encode())[:12]
     for folder in (f"{url.rstrip('/')}/{p.task}", url.rstrip("/")):
@@ -472,15 +489,17 @@ def _fetch_all(
             if len(paths) == len(p.files):
                 return paths
             if paths:
-                raise SourceError(f"{folder}: expected {', '.join(f.name for f in p.files)}, "
-                                  f"found only {', '.join(paths)}. Add what is missing.")
+                raise SourceError(
+                    f"{folder}: expected {', '.join(f.name for f in p.files)}, "
+                    f"found only {', '.join(paths)}. Add what is missing."
+                )
     raise _NotHere(f"{url} has neither {p.files[0].name} nor a folder {p.task}")
 
 
 def _from_url(
-    p: Published, # what to look for
-    url: str, # of a folder: http, https or whatever fsspec knows (gs, s3, memory, …)
-) -> dict[str, Path]: # the paths of the files
+    p: Published,  # what to look for
+    url: str,  # of a folder: http, https or whatever fsspec knows (gs, s3, memory, …)
+) -> dict[str, Path]:  # the paths of the files
     "Files below a URL that somebody named."
     try:
         if urlsplit(url).scheme in ("http", "https"):
@@ -496,8 +515,8 @@ def _from_url(
 
 
 def _get_http(
-    url: str, # of a file
-    target: Path, # where it goes
+    url: str,  # of a file
+    target: Path,  # where it goes
 ) -> None:
     "Fetch a file; stores which don't say what they hold answer 403 for a file that is not there."
     try:
@@ -517,11 +536,11 @@ _PLACES: dict[str, tuple[str, Callable[[Published], dict[str, Path]]]] = {
 
 
 def _identify(
-    p: Published, # what was looked for
-    origin: str, # where it was found
-    paths: dict[str, Path], # the files
-    tried: list[str], # the places before it
-) -> Source: # the files with their hashes
+    p: Published,  # what was looked for
+    origin: str,  # where it was found
+    paths: dict[str, Path],  # the files
+    tried: list[str],  # the places before it
+) -> Source:  # the files with their hashes
     "Hash what was found; all places but PROJECT_SOURCE have checked it already."
     try:
         checked = origin != "PROJECT_SOURCE"
@@ -532,10 +551,10 @@ def _identify(
 
 
 def find(
-    task: str | Published, # a task's name, or a description of what it needs
-    source: str | Path | None = None, # a folder or URL; None: PROJECT_SOURCE; "": the usual places only
-    places: tuple[str, ...] = tuple(_PLACES), # which of the usual places to try, in order
-) -> Source: # where the files are
+    task: str | Published,  # a task's name, or a description of what it needs
+    source: str | Path | None = None,  # a folder or URL; None: PROJECT_SOURCE; "": the usual places only
+    places: tuple[str, ...] = tuple(_PLACES),  # which of the usual places to try, in order
+) -> Source:  # where the files are
     "Find the published files: PROJECT_SOURCE, the Debian package, what was fetched before, apt, the publisher."
     p = published(task) if isinstance(task, str) else task
     setting = str(os.environ.get("PROJECT_SOURCE", "") if source is None else source)
@@ -554,11 +573,16 @@ def find(
 
 
 def _nowhere(
-    p: Published, # what was looked for
-    tried: list[str], # each place and its reason
-) -> str: # a message for the person
+    p: Published,  # what was looked for
+    tried: list[str],  # each place and its reason
+) -> str:  # a message for the person
     "What was tried, why each failed, and what to do."
     names = ", ".join(f"{f.name}.gz" for f in p.files)
     install = f", or install the package {p.package}" if p.package else ""
-    return "\n".join([f"{p.task}: its published files were found nowhere. Tried:", *(f"- {line}" for line in tried),
-                      f"Put {names} into a folder and set PROJECT_SOURCE to it{install}."])
+    return "\n".join(
+        [
+            f"{p.task}: its published files were found nowhere. Tried:",
+            *(f"- {line}" for line in tried),
+            f"Put {names} into a folder and set PROJECT_SOURCE to it{install}.",
+        ]
+    )

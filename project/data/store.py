@@ -40,8 +40,8 @@ class DataError(ValueError):
 
 
 def _count_table(
-    counts: dict[str, dict[str, int]], # split -> class -> rows
-) -> str: # a table in markdown
+    counts: dict[str, dict[str, int]],  # split -> class -> rows
+) -> str:  # a table in markdown
     "Rows by class and split."
     splits = list(counts)
     rows = [[name, *(counts[s].get(name, 0) for s in splits)] for name in counts[splits[0]]]
@@ -64,29 +64,29 @@ class Data:
     dvc: str = ""  # what DVC said to a build; empty where it does not track this folder
 
     @property
-    def task(self) -> str: # as in `get_task`
+    def task(self) -> str:  # as in `get_task`
         "The task's name."
         return self.manifest["task"]
 
     @property
-    def kind(self) -> str: # "image" or "text"
+    def kind(self) -> str:  # "image" or "text"
         "What an input is."
         return self.manifest["kind"]
 
     @property
-    def classes(self) -> list[str]: # in the order labels count in
+    def classes(self) -> list[str]:  # in the order labels count in
         "The class names."
         return self.manifest["classes"]
 
     @property
-    def hash(self) -> str: # 64 hexadecimal digits
+    def hash(self) -> str:  # 64 hexadecimal digits
         "The name of this content: equal for equal data, wherever it was built."
         return self.manifest["hash"]
 
     def split(
         self,
-        name: str, # "train", "val" or "test"
-    ) -> tuple[np.ndarray, np.ndarray]: # images, labels; a view where the rows lie together
+        name: str,  # "train", "val" or "test"
+    ) -> tuple[np.ndarray, np.ndarray]:  # images, labels; a view where the rows lie together
         "The rows of one split."
         if name not in self.splits:
             names = ", ".join(self.splits)
@@ -96,7 +96,7 @@ class Data:
             return self.images[rows[0] : rows[-1] + 1], self.labels[rows[0] : rows[-1] + 1]
         return self.images[rows], self.labels[rows]
 
-    def verify(self) -> "Data": # itself
+    def verify(self) -> "Data":  # itself
         "Read every byte and compare with the manifest."
         _compare(self.path, self.manifest)
         return self
@@ -111,47 +111,56 @@ class Data:
 
 # %% ../../nbs/24_data.store.ipynb #1f42399b
 def _compare(
-    path: Path, # folder of the data
-    manifest: dict[str, Any], # what it should hold
+    path: Path,  # folder of the data
+    manifest: dict[str, Any],  # what it should hold
 ) -> None:
     "Raise unless each file has the hash that the manifest gives."
     for name, file in manifest["files"].items():
         if (found := sha256(path / name)) != file["sha256"]:
-            raise DataError(f"{show_path(path / name)}: expected sha256 {file['sha256'][:12]}…, found {found[:12]}…: "
-                            f"the file was changed. {_again(manifest['task'])} --force")
+            raise DataError(
+                f"{show_path(path / name)}: expected sha256 {file['sha256'][:12]}…, found {found[:12]}…: "
+                f"the file was changed. {_again(manifest['task'])} --force"
+            )
 
 # %% ../../nbs/24_data.store.ipynb #3296478e
 def _read_manifest(
-    path: Path, # folder of the data
-    task: str, # the task it should be of
-) -> dict[str, Any]: # the manifest, checked against the files' sizes
+    path: Path,  # folder of the data
+    task: str,  # the task it should be of
+) -> dict[str, Any]:  # the manifest, checked against the files' sizes
     "Read the manifest and check that this code can read what it describes."
     if not (path / "manifest.json").is_file():
         raise DataError(f"{show_path(path)}: expected processed data of {task}, found no manifest.json. {_again(task)}")
     manifest = read_json(path / "manifest.json")
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if version == _FORMAT and (missing := _KEYS - set(manifest)):
-        raise DataError(f"{show_path(path / 'manifest.json')}: expected the key {min(missing)!r}, found none. "
-                        f"{_again(task)} --force")
+        raise DataError(
+            f"{show_path(path / 'manifest.json')}: expected the key {min(missing)!r}, found none. "
+            f"{_again(task)} --force"
+        )
     if not isinstance(version, int) or version > _FORMAT:
-        raise DataError(f"{show_path(path)}: expected data of format {_FORMAT} or older, found {version!r}. "
-                        "It was made by a newer version of this library: update it, or build the data again here.")
+        raise DataError(
+            f"{show_path(path)}: expected data of format {_FORMAT} or older, found {version!r}. "
+            "It was made by a newer version of this library: update it, or build the data again here."
+        )
     if manifest["task"] != task:
-        raise DataError(f"{show_path(path)}: expected the task {task}, found {manifest['task']}. "
-                        "Give the folder of the one or the name of the other.")
+        raise DataError(
+            f"{show_path(path)}: expected the task {task}, found {manifest['task']}. "
+            "Give the folder of the one or the name of the other."
+        )
     for name, file in manifest["files"].items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != file["size"]:
             found = "no file" if size is None else f"{size:,}"
-            raise DataError(f"{show_path(path / name)}: expected {file['size']:,} bytes, found {found}. "
-                            f"{_again(task)} --force")
+            raise DataError(
+                f"{show_path(path / name)}: expected {file['size']:,} bytes, found {found}. {_again(task)} --force"
+            )
     return manifest
 
 # %% ../../nbs/24_data.store.ipynb #c0e042c1
 def open_data(
-    task: str = "fashion_mnist", # a task's name
-    path: str | Path | None = None, # folder of the data; None: the usual one
-) -> Data: # memory-mapped
+    task: str = "fashion_mnist",  # a task's name
+    path: str | Path | None = None,  # folder of the data; None: the usual one
+) -> Data:  # memory-mapped
     "Open a task's processed data."
     get_task(task)
     path = Path(path) if path else data_dir() / task
@@ -169,8 +178,8 @@ def open_data(
 
 
 def _identity(
-    path: Path, # folder of the data
-) -> tuple[int, ...]: # changes when a build replaces it; empty where there is none
+    path: Path,  # folder of the data
+) -> tuple[int, ...]:  # changes when a build replaces it; empty where there is none
     "What tells a folder from the one that takes its place."
     try:
         found = path.stat()
@@ -180,9 +189,9 @@ def _identity(
 
 # %% ../../nbs/24_data.store.ipynb #7ea17ee5
 def _open(
-    path: Path, # folder of the data
-    task: str, # a task's name
-) -> Data: # memory-mapped
+    path: Path,  # folder of the data
+    task: str,  # a task's name
+) -> Data:  # memory-mapped
     "Open the files one by one."
     manifest = _read_manifest(path, task)
     try:
@@ -195,8 +204,8 @@ def _open(
 
 
 def _check_arrays(
-    path: Path, # named in errors
-    manifest: dict[str, Any], # what is expected
+    path: Path,  # named in errors
+    manifest: dict[str, Any],  # what is expected
     images: np.ndarray,
     labels: np.ndarray,
     splits: dict[str, np.ndarray],
@@ -217,9 +226,9 @@ def _check_arrays(
 
 # %% ../../nbs/24_data.store.ipynb #1afb3b6f
 def _statistics(
-    images: np.ndarray, # unsigned bytes
-    rows: np.ndarray, # which of them
-) -> dict[str, float]: # mean and standard deviation, as a share of full brightness
+    images: np.ndarray,  # unsigned bytes
+    rows: np.ndarray,  # which of them
+) -> dict[str, float]:  # mean and standard deviation, as a share of full brightness
     "Mean and spread of the pixels, exact."
     counts = np.zeros(256, np.int64)
     for start in range(0, len(rows), 2048):
@@ -229,10 +238,10 @@ def _statistics(
 
 
 def _duplicates(
-    images: np.ndarray, # (N, …) unsigned bytes
-    labels: np.ndarray, # (N,)
-    test: np.ndarray, # (N,) whether a row is of the published test set
-) -> dict[str, Any]: # for the manifest
+    images: np.ndarray,  # (N, …) unsigned bytes
+    labels: np.ndarray,  # (N,)
+    test: np.ndarray,  # (N,) whether a row is of the published test set
+) -> dict[str, Any]:  # for the manifest
     "Groups of rows with identical pixels: how many, with two labels, on both sides of the published split."
     rows = defaultdict(list)
     for i, image in enumerate(images):
@@ -249,14 +258,14 @@ def _duplicates(
 
 # %% ../../nbs/24_data.store.ipynb #e9251902
 def _beside(
-    path: Path, # folder of the data
-    what: str, # "lock", "old" or "new"
-) -> Path: # a hidden path beside it
+    path: Path,  # folder of the data
+    what: str,  # "lock", "old" or "new"
+) -> Path:  # a hidden path beside it
     return path.with_name(f".{path.name}.{what}")
 
 
 def _restore(
-    path: Path, # folder of the data; its lock is held
+    path: Path,  # folder of the data; its lock is held
 ) -> None:
     "Bring back the old data, if a build stopped in the moment between its two renames."
     if not path.exists() and _beside(path, "old").exists():
@@ -264,7 +273,7 @@ def _restore(
 
 
 def _recover(
-    path: Path, # folder of the data
+    path: Path,  # folder of the data
 ) -> None:
     "The same for a reader: take the lock, because the build may still be going on."
     if not path.exists() and _beside(path, "old").exists():
@@ -274,8 +283,8 @@ def _recover(
 
 @contextmanager
 def _replacing(
-    path: Path, # folder to make or replace; its lock is held
-) -> Iterator[Path]: # an empty folder beside it
+    path: Path,  # folder to make or replace; its lock is held
+) -> Iterator[Path]:  # an empty folder beside it
     "Write a folder beside `path`, then put it in its place; on an error it is removed and `path` is as it was."
     new, old = _beside(path, "new"), _beside(path, "old")
     for litter in (new, old):  # of a killed build; nobody else holds the lock
@@ -293,9 +302,9 @@ def _replacing(
 
 # %% ../../nbs/24_data.store.ipynb #451a6019
 def _write_arrays(
-    folder: Path, # where to
-    arrays: dict[str, Any], # file name -> array or JSON value
-) -> dict[str, dict[str, Any]]: # file name -> sha256 and size
+    folder: Path,  # where to
+    arrays: dict[str, Any],  # file name -> array or JSON value
+) -> dict[str, dict[str, Any]]:  # file name -> sha256 and size
     "Write arrays and JSON, flushed to disk, and say what was written."
     for name, value in arrays.items():
         try:
@@ -315,10 +324,10 @@ def _write_arrays(
 
 
 def _make_splits(
-    task: Task, # says how much to hold out, and the seed
-    examples: Examples, # what was read
-    twins: list[list[int]], # rows with identical pixels
-) -> dict[str, np.ndarray]: # row numbers
+    task: Task,  # says how much to hold out, and the seed
+    examples: Examples,  # what was read
+    twins: list[list[int]],  # rows with identical pixels
+) -> dict[str, np.ndarray]:  # row numbers
     "The published test set, and a validation set drawn from the rest."
     keep = np.zeros(len(examples.labels), bool)
     keep[[row for group in twins for row in group]] = True
@@ -328,43 +337,58 @@ def _make_splits(
 
 # %% ../../nbs/24_data.store.ipynb #b59b52bb
 def _write(
-    task: Task, # what it is
-    source: Source, # where it was found
-    examples: Examples, # what was read
-    folder: Path, # where to
+    task: Task,  # what it is
+    source: Source,  # where it was found
+    examples: Examples,  # what was read
+    folder: Path,  # where to
 ) -> None:
     "Write the four files of processed data."
     duplicates = _duplicates(examples.inputs, examples.labels, examples.test)
     splits = _make_splits(task, examples, duplicates["list"])
-    files = _write_arrays(folder, {"images.npy": examples.inputs, "labels.npy": examples.labels.astype("<i8"),
-                                   "splits.json": {name: rows.tolist() for name, rows in splits.items()}})
+    files = _write_arrays(
+        folder,
+        {
+            "images.npy": examples.inputs,
+            "labels.npy": examples.labels.astype("<i8"),
+            "splits.json": {name: rows.tolist() for name, rows in splits.items()},
+        },
+    )
     counts = {name: Counter(examples.labels[rows].tolist()) for name, rows in splits.items()}
     manifest = {
         **_described(task),
         "hash": hash_json([_FORMAT, task.name, examples.classes, {name: f["sha256"] for name, f in files.items()}]),
-        "published": source.published, "sources": source.sha256, "files": files,
-        "classes": list(examples.classes), "rows": len(examples.labels), "shape": list(examples.inputs.shape[1:]),
+        "published": source.published,
+        "sources": source.sha256,
+        "files": files,
+        "classes": list(examples.classes),
+        "rows": len(examples.labels),
+        "shape": list(examples.inputs.shape[1:]),
         "counts": {s: {c: counts[s][i] for i, c in enumerate(examples.classes)} for s in splits},
         "pixels": _statistics(examples.inputs, splits["train"]),
-        "duplicates": duplicates, "rejects": list(examples.rejects),
+        "duplicates": duplicates,
+        "rejects": list(examples.rejects),
     }
     _write_arrays(folder, {"manifest.json": manifest})
 
 
 def _described(
-    task: Task, # what is built
-) -> dict[str, Any]: # the part of the manifest that depends on this code alone
+    task: Task,  # what is built
+) -> dict[str, Any]:  # the part of the manifest that depends on this code alone
     "What makes other data of the same files when it changes."
     method = "by class, smallest PCG64 keys; rows with a twin stay in train"
     return {
-        "format": _FORMAT, "task": task.name, "title": task.title, "kind": task.kind, "licence": task.licence,
+        "format": _FORMAT,
+        "task": task.name,
+        "title": task.title,
+        "kind": task.kind,
+        "licence": task.licence,
         "split": {"method": method, "validation": task.validation, "seed": task.seed},
     }
 
 # %% ../../nbs/24_data.store.ipynb #016df712
 def _track(
-    path: Path, # folder of the data
-) -> str: # what DVC says; empty where it does not track this folder
+    path: Path,  # folder of the data
+) -> str:  # what DVC says; empty where it does not track this folder
     "Let DVC's cache have the data, if it is what `data.dvc` records."
     record = root() / "data.dvc"
     if not record.is_file() or not path.resolve().is_relative_to(root().resolve()):
@@ -383,10 +407,10 @@ def _track(
 
 # %% ../../nbs/24_data.store.ipynb #8e5114e2
 def _current(
-    path: Path, # folder of the data
-    task: Task, # what should be there
-    hashes: dict[str, str], # of the source files
-) -> Data | None: # the data, if it is what a build would make
+    path: Path,  # folder of the data
+    task: Task,  # what should be there
+    hashes: dict[str, str],  # of the source files
+) -> Data | None:  # the data, if it is what a build would make
     "The data at `path`, if it is whole and was made from these files in this way."
     try:
         data = open_data(task.name, path)
@@ -397,23 +421,25 @@ def _current(
 
 
 def _refuse_foreign(
-    path: Path, # folder of the data
+    path: Path,  # folder of the data
 ) -> None:
     "Raise if a build would remove files that no build made."
     if path.exists() and not path.is_dir():
         raise DataError(f"{show_path(path)}: expected a folder or nothing, found a file. Choose another folder.")
     foreign = sorted({p.name for p in path.iterdir()} - {*_FILES, "manifest.json"}) if path.exists() else []
     if foreign:
-        raise DataError(f"{show_path(path)}: expected processed data or nothing, found {foreign[0]!r}. "
-                        "Choose an empty folder, or move those files away.")
+        raise DataError(
+            f"{show_path(path)}: expected processed data or nothing, found {foreign[0]!r}. "
+            "Choose an empty folder, or move those files away."
+        )
 
 
 def build(
-    task: str, # a task's name
-    out: str | Path | None = None, # folder of the data; None: the usual one
-    force: bool = False, # build even if the same data is there
-    source: str | Path | None = None, # a folder or URL with the files; None: PROJECT_SOURCE; "": the usual places
-) -> Data: # open for reading; `origin` says where the files were found
+    task: str,  # a task's name
+    out: str | Path | None = None,  # folder of the data; None: the usual one
+    force: bool = False,  # build even if the same data is there
+    source: str | Path | None = None,  # a folder or URL with the files; None: PROJECT_SOURCE; "": the usual places
+) -> Data:  # open for reading; `origin` says where the files were found
     "Make a task's processed data from its published files, or find it made."
     spec, path = get_task(task), Path(out or data_dir() / task)
     path = path.resolve() if path.is_symlink() else path

@@ -44,45 +44,57 @@ _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Sh
 
 
 def _read_pair(
-    source: Source, # holds the files
-    part: str, # "train" or "t10k"
-    classes: int, # labels are below this
-) -> tuple[np.ndarray, np.ndarray]: # images (N, H, W), labels (N,)
+    source: Source,  # holds the files
+    part: str,  # "train" or "t10k"
+    classes: int,  # labels are below this
+) -> tuple[np.ndarray, np.ndarray]:  # images (N, H, W), labels (N,)
     "Read one set of an MNIST-like publication."
     files = (source.files[f"{part}-images-idx3-ubyte"], source.files[f"{part}-labels-idx1-ubyte"])
     images, labels = read_idx(files[0], "images"), read_idx(files[1], "labels", classes)
     if images.shape[1:] != (28, 28):
-        raise ValueError(f"{files[0]}: expected images of 28 x 28, found {images.shape[1]} x {images.shape[2]}. "
-                         "Use the files of one publication, unchanged.")
+        raise ValueError(
+            f"{files[0]}: expected images of 28 x 28, found {images.shape[1]} x {images.shape[2]}. "
+            "Use the files of one publication, unchanged."
+        )
     if len(images) != len(labels):
-        raise ValueError(f"{files[0]} and {files[1]}: expected as many labels as images, found {len(images):,} images "
-                         f"and {len(labels):,} labels. Use the files of one publication, unchanged.")
+        raise ValueError(
+            f"{files[0]} and {files[1]}: expected as many labels as images, found {len(images):,} images "
+            f"and {len(labels):,} labels. Use the files of one publication, unchanged."
+        )
     return images, labels
 
 
 def _read_fashion(
-    source: Source, # the four files, found
-) -> Examples: # training rows, then test rows
+    source: Source,  # the four files, found
+) -> Examples:  # training rows, then test rows
     "Read Fashion-MNIST, or another set in its format."
     train, test = (_read_pair(source, part, len(_FASHION)) for part in ("train", "t10k"))
     images, labels = (np.concatenate(pair) for pair in zip(train, test, strict=True))
     return Examples(images, labels.astype(np.int64), _FASHION, np.arange(len(labels)) >= len(train[1]))
 
 # %% ../../nbs/22_data.tasks.ipynb #000bee6b
-_TASKS = {t.name: t for t in (
-    Task("fashion_mnist", "Fashion-MNIST: 28 x 28 grey images of clothing, 10 classes", "image",
-         "MIT, (c) 2017 Zalando SE", _read_fashion),
-)}
+_TASKS = {
+    t.name: t
+    for t in (
+        Task(
+            "fashion_mnist",
+            "Fashion-MNIST: 28 x 28 grey images of clothing, 10 classes",
+            "image",
+            "MIT, (c) 2017 Zalando SE",
+            _read_fashion,
+        ),
+    )
+}
 
 
-def task_names() -> list[str]: # for messages and completion
+def task_names() -> list[str]:  # for messages and completion
     "The tasks there are, the default first."
     return list(_TASKS)
 
 
 def get_task(
-    name: str, # a task's name
-) -> Task: # its description
+    name: str,  # a task's name
+) -> Task:  # its description
     "The task with this name."
     if name not in _TASKS:
         raise ValueError(f"task: expected one of {', '.join(_TASKS)}, got {name!r}.{nearest(name, _TASKS)}")
@@ -90,9 +102,9 @@ def get_task(
 
 # %% ../../nbs/22_data.tasks.ipynb #b561dd08
 def _quotas(
-    sizes: np.ndarray, # (C,) rows of each class
-    n: int, # rows to hold out
-) -> np.ndarray: # (C,) rows of each class to hold out, `n` in all
+    sizes: np.ndarray,  # (C,) rows of each class
+    n: int,  # rows to hold out
+) -> np.ndarray:  # (C,) rows of each class to hold out, `n` in all
     "Share `n` among the classes by size; what rounding leaves goes to the largest remainders, first classes first."
     whole, rest = np.divmod(sizes * n, sizes.sum())
     whole[np.argsort(-rest, kind="stable")[: n - whole.sum()]] += 1
@@ -100,25 +112,29 @@ def _quotas(
 
 
 def stratified_split(
-    labels: np.ndarray, # (N,) class of each row
-    held_out: float | int, # a share between 0 and 1, or a number of rows
-    seed: int = 0, # of the draw
-    keep: np.ndarray | None = None, # (N,) rows that must not be held out
-) -> tuple[np.ndarray, np.ndarray]: # positions that stay, positions held out; both ascending
+    labels: np.ndarray,  # (N,) class of each row
+    held_out: float | int,  # a share between 0 and 1, or a number of rows
+    seed: int = 0,  # of the draw
+    keep: np.ndarray | None = None,  # (N,) rows that must not be held out
+) -> tuple[np.ndarray, np.ndarray]:  # positions that stay, positions held out; both ascending
     "Hold out rows so that each class has its share; the same rows for the same seed, with any NumPy."
     labels = np.asarray(labels)
     n = held_out if isinstance(held_out, int) else round(len(labels) * held_out)
     classes, inverse = np.unique(labels, return_inverse=True)
     if not len(classes) <= n <= len(labels) - len(classes):
-        raise ValueError(f"held_out: expected {len(classes)} to {len(labels) - len(classes)} of the {len(labels)} rows "
-                         f"(each of {len(classes)} classes on both sides), got {held_out!r}, which is {n}")
+        raise ValueError(
+            f"held_out: expected {len(classes)} to {len(labels) - len(classes)} of the {len(labels)} rows "
+            f"(each of {len(classes)} classes on both sides), got {held_out!r}, which is {n}"
+        )
     keys = np.random.PCG64(seed).random_raw(len(labels))
     chosen = np.zeros(len(labels), bool)
     sizes = np.bincount(inverse)
     for c, quota in enumerate(_quotas(sizes, n)):
         rows = np.flatnonzero((inverse == c) if keep is None else (inverse == c) & ~keep)
         if not 1 <= quota <= min(len(rows), sizes[c] - 1):
-            raise ValueError(f"class {classes[c]}: expected enough rows to hold out {max(quota, 1)} and keep one, "
-                             f"found {sizes[c]}, of which {len(rows)} may be held out. Add examples or drop the class.")
+            raise ValueError(
+                f"class {classes[c]}: expected enough rows to hold out {max(quota, 1)} and keep one, "
+                f"found {sizes[c]}, of which {len(rows)} may be held out. Add examples or drop the class."
+            )
         chosen[rows[np.argsort(keys[rows], kind="stable")[:quota]]] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)

@@ -24,8 +24,8 @@ _IMPORTS = re.compile(r"^[ \t]*(?:from|import)[ \t]+project(?:\.|[ \t]|$)", re.M
 
 
 def uses_project(
-    nb: Any, # a notebook node
-) -> bool: # whether any code cell imports `project`
+    nb: Any,  # a notebook node
+) -> bool:  # whether any code cell imports `project`
     "Whether a notebook is one of ours; every other is executed exactly as papermill would."
     return any(c.cell_type == "code" and _IMPORTS.search(c.source) for c in nb.cells)
 
@@ -34,9 +34,9 @@ _NOTE = "PROJECT_PAPERMILL_NOTE"
 
 
 def leave_note(
-    run: str | Path, # the run's folder
-    then: str = "", # "module:function", called with the run's folder when the executed notebook is there
-) -> bool: # whether an engine will read it
+    run: str | Path,  # the run's folder
+    then: str = "",  # "module:function", called with the run's folder when the executed notebook is there
+) -> bool:  # whether an engine will read it
     "In the kernel: tell the engine which record to close, and what to do then."
     if not (note := os.environ.get(_NOTE)) or not Path(note).exists():
         return False
@@ -46,7 +46,7 @@ def leave_note(
 
 # %% ../../nbs/14_runs.engine.ipynb #ed8a16db
 @contextlib.contextmanager
-def _note() -> Iterator[Path]: # the note's path
+def _note() -> Iterator[Path]:  # the note's path
     "In papermill: an empty note, and the variable that names it while the kernel is started."
     with tempfile.TemporaryDirectory(prefix="project-") as folder:
         path, was = Path(folder) / "note.jsonl", os.environ.get(_NOTE)
@@ -61,8 +61,8 @@ def _note() -> Iterator[Path]: # the note's path
 
 
 def _read_note(
-    path: Path, # the note
-) -> dict[Path, list[str]]: # what to do for each run, in order
+    path: Path,  # the note
+) -> dict[Path, list[str]]:  # what to do for each run, in order
     "What the kernel left."
     todo: dict[Path, list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -72,9 +72,9 @@ def _read_note(
 
 # %% ../../nbs/14_runs.engine.ipynb #19cdb68a
 def _verdict(
-    nb: Any, # the executed notebook
-    record: dict[str, Any], # run.json as the kernel left it
-) -> tuple[str, str]: # status and reason
+    nb: Any,  # the executed notebook
+    record: dict[str, Any],  # run.json as the kernel left it
+) -> tuple[str, str]:  # status and reason
     "How a run ended, from what its notebook shows."
     for i, cell in enumerate(nb.cells):
         for out in cell.get("outputs", []):
@@ -87,9 +87,9 @@ def _verdict(
 
 
 def _close(
-    run: Path, # the run's folder
-    nb: Any, # the executed notebook
-    then: list[str], # what else to do
+    run: Path,  # the run's folder
+    nb: Any,  # the executed notebook
+    then: list[str],  # what else to do
 ) -> None:
     "Keep the executed notebook beside its run, write how it ended, and do the rest."
     import nbformat
@@ -141,5 +141,5 @@ def __getattr__(name: str) -> Any:
     "`papermill_engine`: what our entry point names; asking for it makes the engine papermill's default."
     if name != "papermill_engine":
         raise AttributeError(f"module 'project.runs.engine' has no attribute {name!r}")
-    sys.modules["papermill.engines"].papermill_engines.register(None, ProjectEngine)  # type: ignore[attr-defined]
+    sys.modules["papermill.engines"].papermill_engines.register(None, ProjectEngine)
     return ProjectEngine

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from .engine import leave_note
 
 # %% ../../nbs/16_runs.record.ipynb #e8be116b
 def _is_json(
-    value: Any, # anything
-) -> bool: # whether JSON knows it
+    value: Any,  # anything
+) -> bool:  # whether JSON knows it
     "Whether a value is one that a parameter may have."
     if isinstance(value, (list, tuple)):
         return all(map(_is_json, value))
@@ -45,8 +45,8 @@ def _is_json(
 
 
 def parameters(
-    namespace: Mapping[str, Any], # the notebook's `globals()`, right after its parameters
-) -> dict[str, Any]: # the parameters, in the order of their cell
+    namespace: Mapping[str, Any],  # the notebook's `globals()`, right after its parameters
+) -> dict[str, Any]:  # the parameters, in the order of their cell
     "The parameters of a notebook: its public names that hold JSON types."
     skip = {"In", "Out", "PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # IPython's and papermill's own
     return {k: v for k, v in namespace.items() if not k.startswith("_") and k not in skip and _is_json(v)}
@@ -55,14 +55,14 @@ def parameters(
 SCHEMA = 1  # of run.json; a reader refuses a newer one
 
 
-def _now() -> str: # "2026-11-21T05:30:12+00:00"
+def _now() -> str:  # "2026-11-21T05:30:12+00:00"
     "The time, in UTC, to the second."
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _csv_cell(
-    value: Any, # a number or text
-) -> str: # as it is written
+    value: Any,  # a number or text
+) -> str:  # as it is written
     "A cell of metrics.csv: floats with all their digits, nothing for a value that is missing."
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
@@ -106,9 +106,9 @@ class Run:
 
 # %% ../../nbs/16_runs.record.ipynb #952ee6d9
 def _write_metrics(
-    path: Path, # metrics.csv
-    rows: list[dict[str, Any]], # all of them
-    append: bool, # whether only the last is new, with no new column
+    path: Path,  # metrics.csv
+    rows: list[dict[str, Any]],  # all of them
+    append: bool,  # whether only the last is new, with no new column
 ) -> None:
     "Append the last row; where it brings a column, write the whole file anew, in one step."
     columns = list(dict.fromkeys(k for row in rows for k in row))
@@ -129,38 +129,56 @@ def _write_metrics(
 
 # %% ../../nbs/16_runs.record.ipynb #cd172e01
 def _close_unfinished(
-    run: Run, # a run that may still be open when Python ends
+    run: Run,  # a run that may still be open when Python ends
 ) -> None:
     "At exit: a run that nobody finished did not finish."
     if run.record["status"] == "running" and (run.path / "run.json").exists():
         error = getattr(sys, "last_value", None)
-        run.finish("failed", reason=f"{type(error).__name__}: {error}"[:500] if error else "the process ended before the run did")
+        run.finish(
+            "failed",
+            reason=f"{type(error).__name__}: {error}"[:500] if error else "the process ended before the run did",
+        )
 
 
 def new_run_id(
-    task: str, # what it is about
-) -> str: # "20261121-053012-fashion_mnist-1f3a": sorts by time
+    task: str,  # what it is about
+) -> str:  # "20261121-053012-fashion_mnist-1f3a": sorts by time
     "A name for a run that says when and what, and that two runs of one second do not share."
-    return f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{task}-{secrets.token_hex(2)}"
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{task}-{secrets.token_hex(2)}"
 
 # %% ../../nbs/16_runs.record.ipynb #9a172859
 def start_run(
-    task: str, # what it is about
-    parameters: Mapping[str, Any] | None = None, # what was asked for, JSON types
-    notebook: str = "", # the notebook's path in the repository
-    data: Mapping[str, Any] | None = None, # hash and counts of the data
-    root: str | Path | None = None, # folder of the runs; None: `runs_dir()`
-) -> Run: # its folder and run.json are there
+    task: str,  # what it is about
+    parameters: Mapping[str, Any] | None = None,  # what was asked for, JSON types
+    notebook: str = "",  # the notebook's path in the repository
+    data: Mapping[str, Any] | None = None,  # hash and counts of the data
+    root: str | Path | None = None,  # folder of the runs; None: `runs_dir()`
+) -> Run:  # its folder and run.json are there
     "Open a run: make its folder, and record what is run, on which code, data and machine."
     folder = Path(root or runs_dir()) / (run_id := new_run_id(task))
     try:
         folder.mkdir(parents=True)
     except OSError as e:
-        raise OSError(e.errno, f"the run's folder cannot be made ({e.strerror}); set PROJECT_RUNS to one that can", str(folder)) from e
+        raise OSError(
+            e.errno, f"the run's folder cannot be made ({e.strerror}); set PROJECT_RUNS to one that can", str(folder)
+        ) from e
     record = {
-        "schema": SCHEMA, "id": run_id, "task": task, "status": "running", "reason": "", "started": _now(), "ended": None,
-        "seconds": None, "notebook": notebook, "parameters": dict(parameters or {}), "metrics": {}, "code": git_state(),
-        "data": dict(data or {}), "environment": environment(), "process": {"pid": os.getpid(), "host": socket.gethostname()}, "paths": {},
+        "schema": SCHEMA,
+        "id": run_id,
+        "task": task,
+        "status": "running",
+        "reason": "",
+        "started": _now(),
+        "ended": None,
+        "seconds": None,
+        "notebook": notebook,
+        "parameters": dict(parameters or {}),
+        "metrics": {},
+        "code": git_state(),
+        "data": dict(data or {}),
+        "environment": environment(),
+        "process": {"pid": os.getpid(), "host": socket.gethostname()},
+        "paths": {},
     }
     run = Run(folder, json.loads(json.dumps(record)))
     run.save()
@@ -170,22 +188,27 @@ def start_run(
 
 # %% ../../nbs/16_runs.record.ipynb #7a10d5b1
 def _read_record(
-    folder: Path, # a run's folder
-) -> dict[str, Any]: # its run.json
+    folder: Path,  # a run's folder
+) -> dict[str, Any]:  # its run.json
     "Read and check one run.json; `ValueError` says what is wrong with it."
     record = read_json(folder / "run.json")
     if not isinstance(record, dict) or not {"schema", "id", "status"} <= record.keys():
-        raise ValueError(f"{folder / 'run.json'}: expected a run's record, found other JSON. The file was left as it is.")
+        raise ValueError(
+            f"{folder / 'run.json'}: expected a run's record, found other JSON. The file was left as it is."
+        )
     if record["schema"] > SCHEMA:
-        raise ValueError(f"{folder / 'run.json'}: written by a newer version (schema {record['schema']}, this one reads {SCHEMA}); upgrade `project`.")
+        found = f"schema {record['schema']}, this one reads {SCHEMA}"
+        raise ValueError(f"{folder / 'run.json'}: written by a newer version ({found}); upgrade `project`.")
     return record
 
 
 def list_runs(
-    root: str | Path | None = None, # folder of the runs; None: `runs_dir()`
-    task: str = "", # only this task; "": all
-    status: str = "", # only this status; "": all
-) -> list[dict[str, Any]]: # records, oldest first, each with its folder as "path"; a broken one has the status "unreadable"
+    root: str | Path | None = None,  # folder of the runs; None: `runs_dir()`
+    task: str = "",  # only this task; "": all
+    status: str = "",  # only this status; "": all
+) -> list[
+    dict[str, Any]
+]:  # records, oldest first, each with its folder as "path"; a broken one has the status "unreadable"
     "The records of all runs."
     found = []
     for file in sorted(Path(root or runs_dir()).glob("*/run.json")):
@@ -200,46 +223,57 @@ def list_runs(
 
 # %% ../../nbs/16_runs.record.ipynb #f318fdf4
 def find_run(
-    name: str, # a run's id, a unique beginning or end of it, or "last"
-    root: str | Path | None = None, # folder of the runs; None: `runs_dir()`
-) -> dict[str, Any]: # its record, with its folder as "path"
+    name: str,  # a run's id, a unique beginning or end of it, or "last"
+    root: str | Path | None = None,  # folder of the runs; None: `runs_dir()`
+) -> dict[str, Any]:  # its record, with its folder as "path"
     "One run by name."
     records = list_runs(root)
     if name == "last" and records:
         return records[-1]
-    hits = [r for r in records if r["id"] == name] or [r for r in records if r["id"].startswith(name) or r["id"].endswith(name)]
+    hits = [r for r in records if r["id"] == name] or [
+        r for r in records if r["id"].startswith(name) or r["id"].endswith(name)
+    ]
     if len(hits) == 1:
         return hits[0]
     if hits:
         raise ValueError(f"{name!r} may be any of {', '.join(r['id'] for r in hits)}; give more of it")
     ids = [r["id"] for r in records]
-    raise ValueError(f"no run {name!r} among the {len(ids)} in {root or runs_dir()}.{nearest(name, ids)} `project runs` lists them.")
+    raise ValueError(
+        f"no run {name!r} among the {len(ids)} in {root or runs_dir()}.{nearest(name, ids)} `project runs` lists them."
+    )
 
 # %% ../../nbs/16_runs.record.ipynb #42938cd7
 def latest_bundle(
-    task: str = "", # of this task; "": any
-    root: str | Path | None = None, # folder of the runs; None: `runs_dir()`
-) -> Path: # its folder
+    task: str = "",  # of this task; "": any
+    root: str | Path | None = None,  # folder of the runs; None: `runs_dir()`
+) -> Path:  # its folder
     "The bundle of the last finished run that made one."
     for record in reversed(list_runs(root, task, "finished")):
         if (record["path"] / "bundle" / "manifest.json").is_file():
             return record["path"] / "bundle"
-    raise ValueError(f"no finished run with a bundle in {root or runs_dir()}; `make train` makes one, or give the path of a bundle")
+    raise ValueError(
+        f"no finished run with a bundle in {root or runs_dir()}; `make train` makes one, or give the path of a bundle"
+    )
 
 # %% ../../nbs/16_runs.record.ipynb #2214606f
 def run_table(
-    records: list[dict[str, Any]], # from `list_runs`
-    metric: str = "test/acc", # the metric to show
-) -> list[dict[str, str]]: # a row a run, texts
+    records: list[dict[str, Any]],  # from `list_runs`
+    metric: str = "test/acc",  # the metric to show
+) -> list[dict[str, str]]:  # a row a run, texts
     "What a person wants to see of runs, one row each, newest last."
     rows = []
     for r in records:
         code, value = r.get("code") or {}, r["metrics"].get(metric)
-        rows.append({
-            "run": r["id"], "status": r["status"], "task": r.get("task", ""),
-            "recipe": str(r["parameters"].get("recipe") or ""), "seed": str(r["parameters"].get("seed", "")),
-            metric: f"{value:.4f}" if isinstance(value, (int, float)) else "",
-            "seconds": f"{r['seconds']:.0f}" if r.get("seconds") is not None else "",
-            "commit": (code.get("commit") or "")[:7] + ("+" if code.get("dirty") else ""),
-        })
+        rows.append(
+            {
+                "run": r["id"],
+                "status": r["status"],
+                "task": r.get("task", ""),
+                "recipe": str(r["parameters"].get("recipe") or ""),
+                "seed": str(r["parameters"].get("seed", "")),
+                metric: f"{value:.4f}" if isinstance(value, (int, float)) else "",
+                "seconds": f"{r['seconds']:.0f}" if r.get("seconds") is not None else "",
+                "commit": (code.get("commit") or "")[:7] + ("+" if code.get("dirty") else ""),
+            }
+        )
     return rows

@@ -7,9 +7,9 @@ __all__ = ['RECIPES', 'DEFAULT_RECIPE', 'PRECISIONS', 'ACCELERATORS', 'PROFILES'
            'to_precision_', 'init_net', 'predict', 'Fit', 'make_loaders', 'load_net', 'fit']
 
 # %% ../../nbs/42_train.fit.ipynb #972bea5d
+import copy
 import dataclasses
 import math
-import numbers
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,14 +29,25 @@ from ..core import check_space, nearest, progress, seed_everything, show_path
 from ..data.loader import Batches
 from ..data.store import Data
 from ..models.vision import MODELS, build_model, set_normalization_, whiten_
-from .module import OPTIMIZERS, SCHEDULES, Classifier, lr_schedule, make_optimizer, probabilities, quiet_lightning
+from project.train.module import (
+    OPTIMIZERS,
+    SCHEDULES,
+    Classifier,
+    lr_schedule,
+    make_optimizer,
+    probabilities,
+    quiet_lightning,
+)
 
 # %% ../../nbs/42_train.fit.ipynb #71c904fc
 def _number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
     "Raise unless `value` is a finite number in the range."
-    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not (ok and low <= value <= high and not (open_low and value == low)):
-        raise ValueError(f"{name}: expected a number {'above' if open_low else 'of at least'} {low:g} and at most {high:g}, got {value!r} ({type(value).__name__})")
+        least = f"{'above' if open_low else 'of at least'} {low:g}"
+        raise ValueError(
+            f"{name}: expected a number {least} and at most {high:g}, got {value!r} ({type(value).__name__})"
+        )
 
 
 def _whole(name: str, value: Any, low: int) -> None:
@@ -56,7 +67,7 @@ class Recipe:
     "All that decides what a training gives, beside data and seed."
 
     model: str = "cnn-m"  # one of MODELS
-    epochs: int = 3  # times through the training set
+    epochs: float = 3  # times through the training set; below 1: a part of it
     batch_size: int = 250  # examples a step
     optimizer: str = "muon"  # one of OPTIMIZERS
     lr: float = 0.15  # peak learning rate; of the filters for muon
@@ -76,8 +87,11 @@ class Recipe:
         _choice("schedule", self.schedule, SCHEDULES)
         _choice("flip", self.flip, ("none", "random", "alternate"))
         _choice("train_on", self.train_on, ("train", "train+val"))
-        for name, low in (("epochs", 1), ("batch_size", 1), ("shift", 0), ("cutout", 0)):
+        for name, low in (("batch_size", 1), ("shift", 0), ("cutout", 0)):
             _whole(name, getattr(self, name), low)
+        _number("epochs", self.epochs, 0, 100_000, open_low=True)
+        if self.epochs > 1 and self.epochs != int(self.epochs):
+            raise ValueError(f"epochs: expected a whole number, or a part of one epoch (below 1), got {self.epochs!r}")
         _number("lr", self.lr, 0, 10, open_low=True)
         _number("weight_decay", self.weight_decay, 0, 10)
         _number("warmup", self.warmup, 0, 1)
@@ -88,23 +102,33 @@ class Recipe:
 # %% ../../nbs/42_train.fit.ipynb #755f9d73
 RECIPES: dict[str, dict[str, Recipe]] = {
     "fashion_mnist": {
-        "tiny": Recipe(model="cnn-xs", epochs=1, flip="none"),
-        "small": Recipe(model="cnn-s", epochs=2, flip="none"),
+        "tiny": Recipe(model="cnn-s", epochs=1, flip="none"),
+        "small": Recipe(model="cnn-s", epochs=3),
         "fast": Recipe(model="cnn-m", epochs=3),
-        "94": Recipe(model="cnn-m", epochs=8, batch_size=500),
-        "best": Recipe(model="cnn-l", epochs=12, batch_size=500),
-        "plain": Recipe(model="resnet18", epochs=1, batch_size=64, optimizer="adam", lr=1e-3, schedule="constant", warmup=0.0,
-                        label_smoothing=0.0, flip="none", tta=False),
+        "94": Recipe(model="cnn-m", epochs=6),
+        "best": Recipe(model="cnn-l", epochs=10, batch_size=500, lr=0.2, shift=1),
+        "plain": Recipe(
+            model="resnet18",
+            epochs=1,
+            batch_size=64,
+            optimizer="adam",
+            lr=1e-3,
+            schedule="constant",
+            warmup=0.0,
+            label_smoothing=0.0,
+            flip="none",
+            tta=False,
+        ),
     },
 }
 DEFAULT_RECIPE = "fast"
 
 
 def get_recipe(
-    task: str = "fashion_mnist", # a task's name
-    name: str = DEFAULT_RECIPE, # one of the task's recipes
-    **overrides: Any, # fields to replace
-) -> Recipe: # checked
+    task: str = "fashion_mnist",  # a task's name
+    name: str = DEFAULT_RECIPE,  # one of the task's recipes
+    **overrides: Any,  # fields to replace
+) -> Recipe:  # checked
     "A named recipe, with fields replaced."
     _choice("task", task, tuple(RECIPES))
     _choice("recipe", name, tuple(RECIPES[task]))
@@ -118,15 +142,19 @@ PRECISIONS = ("auto", "fp32", "bf16", "bf16-mixed")
 
 
 def choose_precision(
-    precision: str = "auto", # one of `PRECISIONS`
-    device: str = "cpu", # "cpu", "cuda" or "mps"
-) -> tuple[str, str]: # what to use, and why
+    precision: str = "auto",  # one of `PRECISIONS`
+    device: str = "cpu",  # "cpu", "cuda" or "mps"
+) -> tuple[str, str]:  # what to use, and why
     "The precision to train in, with the reason."
     _choice("precision", precision, PRECISIONS)
     if precision != "auto":
         return precision, "as asked"
     if device == "cuda":
-        return ("bf16-mixed", "this GPU computes in bfloat16") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp32", "this GPU has no bfloat16")
+        return (
+            ("bf16-mixed", "this GPU computes in bfloat16")
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else ("fp32", "this GPU has no bfloat16")
+        )
     if device != "cpu":
         return "fp32", f"bfloat16 is not tried on {device}"
     if torch.cpu._is_amx_tile_supported():
@@ -137,14 +165,18 @@ def choose_precision(
 
 # %% ../../nbs/42_train.fit.ipynb #a3d85e77
 def to_precision_(
-    net: nn.Module, # a network
-    precision: str, # "fp32", "bf16" or "bf16-mixed"
-) -> nn.Module: # the same network
+    net: nn.Module,  # a network
+    precision: str,  # "fp32", "bf16" or "bf16-mixed"
+) -> nn.Module:  # the same network
     "Give a network the weights' type and memory order that a precision trains with."
-    net.to(memory_format=torch.channels_last)
     for layer in net.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        if isinstance(
+            layer, nn.Conv2d
+        ):  # `.contiguous` would see one input channel as being in both orders, and keep the wrong one
+            weight = layer.weight.data
+            layer.weight.data = torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight)
     return net
 
 # %% ../../nbs/42_train.fit.ipynb #39ecbd11
@@ -155,16 +187,18 @@ def _as_tensor(images: np.ndarray) -> torch.Tensor:
 
 
 def init_net(
-    recipe: Recipe, # names the network
-    data: Data, # has training images
-    seed: int = 0, # of the weights
-    sample: int = 5000, # images to compute normalisation and whitening from
-) -> nn.Module: # ready to be trained
+    recipe: Recipe,  # names the network
+    data: Data,  # has training images
+    seed: int = 0,  # of the weights
+    sample: int = 5000,  # images to compute normalisation and whitening from
+) -> nn.Module:  # ready to be trained
     "A network with its initial weights."
     if data.kind != "image":
-        raise ValueError(f"expected a task of images for the model {recipe.model!r}, got {data.task}, which is of kind {data.kind!r}")
+        raise ValueError(f"expected a task of images for {recipe.model!r}, got {data.task}, of kind {data.kind!r}")
     if (found := int(data.labels.max()) + 1) > len(data.classes):
-        raise ValueError(f"expected labels of {len(data.classes)} classes ({', '.join(data.classes)}), found the label {found - 1}; build the data again")
+        raise ValueError(
+            f"expected labels below {len(data.classes)}, the number of classes, found {found - 1}; build the data again"
+        )
     shape = data.images.shape[1:]
     seed_everything(seed)
     net = build_model(recipe.model, len(data.classes), (shape[2], *shape[:2]) if len(shape) == 3 else tuple(shape))
@@ -175,80 +209,95 @@ def init_net(
 
 # %% ../../nbs/42_train.fit.ipynb #41f2b435
 def predict(
-    net: nn.Module, # takes (B, C, H, W) bytes, gives logits
-    images: np.ndarray, # (N, H, W) or (N, H, W, C) bytes; memory-mapped is fine
-    batch_size: int = 1000, # images at a time
-    tta: bool = False, # average with the mirror image
-) -> np.ndarray: # (N, classes), single precision
+    net: nn.Module,  # takes (B, C, H, W) bytes, gives logits
+    images: np.ndarray,  # (N, H, W) or (N, H, W, C) bytes; memory-mapped is fine
+    batch_size: int = 1000,  # images at a time
+    tta: bool = False,  # average with the mirror image
+    precision: str = "fp32",  # "bf16" computes in it where the hardware can: faster, and off by about 0.001
+) -> np.ndarray:  # (N, classes), single precision
     "Class probabilities of many images."
     _whole("batch_size", batch_size, 1)
     device, training = next(net.parameters()).device, net.training
-    net.eval()
+    net = net.eval() if precision == "fp32" else to_precision_(copy.deepcopy(net), precision).eval()
     try:
         with torch.inference_mode():
-            parts = [probabilities(net, _as_tensor(images[i : i + batch_size]).to(device), tta).cpu() for i in range(0, len(images), batch_size)]
+            parts = [
+                probabilities(net, _as_tensor(images[i : i + batch_size]).to(device), tta).cpu()
+                for i in range(0, len(images), batch_size)
+            ]
     finally:
         net.train(training)
     return torch.cat(parts).numpy() if parts else np.zeros((0, 0), np.float32)
 
 # %% ../../nbs/42_train.fit.ipynb #c5c0bef5
-class _Watch(pl.Callback):
-    "History, a row an epoch, and the progress display."
+class _History(pl.Callback):
+    "A row of metrics for each epoch."
 
-    def __init__(self, on_metrics: Callable[[dict[str, Any]], None] | None, batch_size: int, every: float = 0.5):
-        self.on_metrics, self.batch_size, self.every = on_metrics, batch_size, every
-        self.history: list[dict[str, Any]] = []
-        self.bar: Any = None
-        self.shown = self.before = 0  # steps the display knows of; seconds of earlier sittings
+    def __init__(self, batch_size: int, on_metrics: Callable[[dict[str, Any]], None] | None = None):
+        self.batch_size, self.on_metrics = batch_size, on_metrics
+        self.rows: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = list(state_dict["history"])
+        self.rows = list(state_dict["rows"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.start = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began, self.first = time.monotonic(), trainer.global_step
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.paused = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began += time.monotonic() - self.paused  # the speed is that of training alone
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        row: dict[str, Any] = {
+            "epoch": trainer.current_epoch + 1,
+            "step": step,
+            "train/loss": pl_module.mean_loss(self.first, step),
+        }
+        row |= {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        row |= {
+            "seconds": now - self.start,
+            "images_per_s": (step - self.first) * self.batch_size / max(now - self.began, 1e-9),
+        }
+        self.rows.append(row)
+        if self.on_metrics:
+            self.on_metrics(row)
+
+# %% ../../nbs/42_train.fit.ipynb #f4a1966d
+class _Display(pl.Callback):
+    "The progress display: steps, epoch, loss, accuracy, speed."
+
+    def __init__(self, batch_size: int, every: float = 0.5):
+        self.batch_size, self.every = batch_size, every
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.bar = progress(int(trainer.estimated_stepping_batches), "train", "steps")
-        self.before = self.history[-1]["seconds"] if self.history else 0
-        self.start = self.last = time.monotonic()
-        self.validating = 0.0
+        self.shown, self.last = 0, time.monotonic()
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.epoch_start, self.first, self.validating = time.monotonic(), trainer.global_step, 0.0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        now = time.monotonic()
-        if now - self.last >= self.every:
-            self._show(trainer, pl_module, now)
-
-    def _show(self, trainer: pl.Trainer, pl_module: Any, now: float) -> None:
-        step, self.last = trainer.global_step, now
-        speed = (step - self.first) * self.batch_size / max(now - self.epoch_start - self.validating, 1e-9)
-        acc = {"val acc": f"{self.history[-1]['val/acc']:.4f}"} if self.history and "val/acc" in self.history[-1] else {}
-        loss = pl_module.losses[max(0, step - 20) : step].nanmean().item()
-        self.bar.update(step - self.shown, epoch=trainer.current_epoch + 1, loss=f"{loss:.3f}", **acc, speed=f"{speed:,.0f} images/s")
-        self.shown = step
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.validation_start = time.monotonic()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.validating += time.monotonic() - self.validation_start
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        now, steps = time.monotonic(), trainer.global_step - self.first
-        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
-        row["train/loss"] = pl_module.losses[self.first : trainer.global_step].mean().item()
-        row |= {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        row["seconds"] = self.before + now - self.start
-        row["images_per_s"] = steps * self.batch_size / max(now - self.epoch_start - self.validating, 1e-9)
-        self.history.append(row)
-        if self.on_metrics:
-            self.on_metrics(row)
-        self._show(trainer, pl_module, now)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        if now - self.last < self.every:
+            return
+        info = {"epoch": trainer.current_epoch + 1, "loss": f"{pl_module.mean_loss(step - 20, step):.3f}"}
+        if "val/acc" in trainer.callback_metrics:
+            info["val acc"] = f"{trainer.callback_metrics['val/acc'].item():.4f}"
+        self.bar.update(
+            step - self.shown,
+            **info,
+            speed=f"{(step - self.shown) * self.batch_size / (now - self.last):,.0f} images/s",
+        )
+        self.shown, self.last = step, now
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.bar:
+        if hasattr(self, "bar"):
             self.bar.close()
 
 # %% ../../nbs/42_train.fit.ipynb #795d7855
@@ -284,34 +333,77 @@ def _profiler(profile: str, run_dir: Path) -> Any:
     if profile == "none":
         return None
     where.mkdir(parents=True, exist_ok=True)
-    return SimpleProfiler(where, "simple") if profile == "simple" else PyTorchProfiler(where, "pytorch", export_to_chrome=True)
+    return (
+        SimpleProfiler(where, "simple")
+        if profile == "simple"
+        else PyTorchProfiler(where, "pytorch", export_to_chrome=True)
+    )
 
 # %% ../../nbs/42_train.fit.ipynb #cd9f1d6f
 def make_loaders(
-    recipe: Recipe, # batch size and augmentation
-    data: Data, # images and splits
-    seed: int = 0, # of order and augmentation
-    limit_batches: int = 0, # at most so many batches an epoch; 0: all
-) -> tuple[Batches, Batches | None]: # training, validation
+    recipe: Recipe,  # batch size and augmentation
+    data: Data,  # images and splits
+    seed: int = 0,  # of order and augmentation
+    limit_batches: int = 0,  # at most so many batches an epoch; 0: all
+) -> tuple[Batches, Batches | None]:  # training, validation
     "The batches to train on and those to validate on."
     _whole("limit_batches", limit_batches, 0)
-    rows = data.splits["train"] if recipe.train_on == "train" else np.sort(np.concatenate([data.splits["train"], data.splits["val"]]))
-    train = Batches(data.images, data.labels, recipe.batch_size, rows=rows, shuffle=True, seed=seed, flip=recipe.flip, shift=recipe.shift,
-                    cutout=recipe.cutout, drop_last=len(rows) >= recipe.batch_size, limit=limit_batches)
+    rows = (
+        data.splits["train"]
+        if recipe.train_on == "train"
+        else np.sort(np.concatenate([data.splits["train"], data.splits["val"]]))
+    )
+    if recipe.epochs < 1:
+        part = max(1, round(recipe.epochs * len(rows) / recipe.batch_size))
+        limit_batches = min(limit_batches, part) if limit_batches else part
+    train = Batches(
+        data.images,
+        data.labels,
+        recipe.batch_size,
+        rows=rows,
+        shuffle=True,
+        seed=seed,
+        flip=recipe.flip,
+        shift=recipe.shift,
+        cutout=recipe.cutout,
+        drop_last=len(rows) >= recipe.batch_size,
+        limit=limit_batches,
+    )
     if recipe.train_on != "train":
         return train, None
-    return train, Batches(data.images, data.labels, 1000, rows=data.splits["val"], limit=limit_batches)
+    return train, Batches(
+        data.images, data.labels, 1000, rows=data.splits["val"], limit=0 if recipe.epochs < 1 else limit_batches
+    )
 
 # %% ../../nbs/42_train.fit.ipynb #d51aeb78
-def _make_trainer(recipe: Recipe, run_dir: Path, validate: bool, callbacks: Sequence[pl.Callback], **settings: Any) -> pl.Trainer:
+def _make_trainer(
+    recipe: Recipe, run_dir: Path, validate: bool, callbacks: Sequence[pl.Callback], **settings: Any
+) -> pl.Trainer:
     "A Trainer with nothing on that costs time and is not asked for."
-    keep = ModelCheckpoint(run_dir / "checkpoints", "best", monitor="val/acc" if validate else None, mode="max", save_last=True,
-                           save_on_train_epoch_end=True, enable_version_counter=False)
+    keep = ModelCheckpoint(
+        run_dir / "checkpoints",
+        "best",
+        monitor="val/acc" if validate else None,
+        mode="max",
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
     try:
-        return pl.Trainer(max_epochs=recipe.epochs, callbacks=[*callbacks, keep], num_sanity_val_steps=0, log_every_n_steps=1, enable_progress_bar=False,
-                          enable_model_summary=False, use_distributed_sampler=False, default_root_dir=run_dir, **settings)
+        return pl.Trainer(
+            max_epochs=math.ceil(recipe.epochs),
+            callbacks=[*callbacks, keep],
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=run_dir,
+            **settings,
+        )
     except (MisconfigurationException, RuntimeError) as e:
-        raise ValueError(f"accelerator={settings['accelerator']!r}, devices={settings['devices']!r} cannot be used on this machine: {e}") from e
+        where = f"accelerator={settings['accelerator']!r}, devices={settings['devices']!r}"
+        raise ValueError(f"{where} cannot be used on this machine: {e}") from e
 
 
 def _make_run_dir(run_dir: str | Path, net: nn.Module) -> Path:
@@ -330,32 +422,34 @@ def _check_where(accelerator: str, devices: Any) -> None:
 
 # %% ../../nbs/42_train.fit.ipynb #4f68d1df
 def load_net(
-    net: nn.Module, # a network of the same build
-    checkpoint: str | Path, # written by `fit`
-) -> nn.Module: # the same network, ready to predict
+    net: nn.Module,  # a network of the same build
+    checkpoint: str | Path,  # written by `fit`
+) -> nn.Module:  # the same network, ready to predict
     "Put a checkpoint's weights into a network."
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    net.float().load_state_dict({k.removeprefix("net."): v.float() if v.is_floating_point() else v for k, v in state.items()})
+    net.float().load_state_dict(
+        {k.removeprefix("net."): v.float() if v.is_floating_point() else v for k, v in state.items()}
+    )
     return net.eval()
 
 
 def fit(
-    recipe: Recipe, # what to train and how
-    data: Data, # on what
-    run_dir: str | Path, # where checkpoints and profiles go
+    recipe: Recipe,  # what to train and how
+    data: Data,  # on what
+    run_dir: str | Path,  # where checkpoints and profiles go
     *,
-    seed: int = 0, # of weights, order and augmentation
-    limit_batches: int = 0, # at most so many batches an epoch, for smoke runs; 0: all
-    profile: str = "none", # "simple" (times) or "pytorch" (a trace), kept in run_dir/profile
-    precision: str = "auto", # "fp32", "bf16" or "bf16-mixed"; "auto" asks the device
-    accelerator: str = "auto", # "cpu", "cuda", "mps"
-    devices: int | str = "auto", # how many
-    early_stopping: int = 0, # stop after so many epochs without a better val/acc; 0: off
-    resume_from: str | Path | None = None, # a last.ckpt to go on from
-    loggers: Sequence[Any] = (), # Lightning loggers
-    callbacks: Sequence[pl.Callback] = (), # Lightning callbacks
-    on_metrics: Callable[[dict[str, Any]], None] | None = None, # called with each row of the history
-) -> Fit: # net, history, checkpoints
+    seed: int = 0,  # of weights, order and augmentation
+    limit_batches: int = 0,  # at most so many batches an epoch, for smoke runs; 0: all
+    profile: str = "none",  # "simple" (times) or "pytorch" (a trace), kept in run_dir/profile
+    precision: str = "auto",  # "fp32", "bf16" or "bf16-mixed"; "auto" asks the device
+    accelerator: str = "auto",  # "cpu", "cuda", "mps"
+    devices: int | str = "auto",  # how many
+    early_stopping: int = 0,  # stop after so many epochs without a better val/acc; 0: off
+    resume_from: str | Path | None = None,  # a last.ckpt to go on from
+    loggers: Sequence[Any] = (),  # Lightning loggers
+    callbacks: Sequence[pl.Callback] = (),  # Lightning callbacks
+    on_metrics: Callable[[dict[str, Any]], None] | None = None,  # called with each row of the history
+) -> Fit:  # net, history, checkpoints
     "Train a network by a recipe."
     _whole("early_stopping", early_stopping, 0)
     _check_where(accelerator, devices)
@@ -364,19 +458,35 @@ def fit(
     train, val = make_loaders(recipe, data, seed, limit_batches)
     net = init_net(recipe, data, seed)
     run_dir = _make_run_dir(run_dir, net)
-    watch = _Watch(on_metrics, recipe.batch_size)
+    history = _History(recipe.batch_size, on_metrics)
     stop = [EarlyStopping("val/acc", patience=early_stopping, mode="max")] if early_stopping and val else []
     with quiet_lightning(), warnings.catch_warnings():
         if resume_from:  # the folder is meant to hold the checkpoints of the first sitting
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         device = _device(accelerator)
         precision, reason = choose_precision(precision, device)
-        trainer = _make_trainer(recipe, run_dir, val is not None, [watch, *stop, *callbacks], accelerator=accelerator, devices=devices if device != "cpu" or devices != "auto" else 1,
-                                precision="bf16-mixed" if precision == "bf16-mixed" else "32-true", logger=list(loggers) or False, profiler=_profiler(profile, run_dir))
-        module = Classifier(to_precision_(net, precision), lambda n: make_optimizer(n, recipe.optimizer, recipe.lr, weight_decay=recipe.weight_decay),
-                            lambda steps: lr_schedule(recipe.schedule, steps, recipe.warmup), recipe.label_smoothing, recipe.tta)
-        trainer.fit(module, train, val, ckpt_path=resume_from, weights_only=True if resume_from else None)
-    return _result(watch, module, trainer, precision, reason)
+        trainer = _make_trainer(
+            recipe,
+            run_dir,
+            val is not None,
+            [history, _Display(recipe.batch_size), *stop, *callbacks],
+            accelerator=accelerator,
+            devices=devices,
+            precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
+            logger=list(loggers) or False,
+            profiler=_profiler(profile, run_dir),
+        )
+        module = Classifier(
+            to_precision_(net, precision),
+            lambda n: make_optimizer(n, recipe.optimizer, recipe.lr, weight_decay=recipe.weight_decay),
+            lambda steps: lr_schedule(recipe.schedule, steps, recipe.warmup),
+            recipe.label_smoothing,
+            recipe.tta,
+        )
+        trainer.fit(
+            module, train, [] if val is None else val, ckpt_path=resume_from, weights_only=True if resume_from else None
+        )
+    return _result(history.rows, module, trainer, precision, reason)
 
 
 def _device(accelerator: str) -> str:
@@ -386,11 +496,23 @@ def _device(accelerator: str) -> str:
     return accelerator
 
 
-def _result(watch: _Watch, module: Classifier, trainer: pl.Trainer, precision: str, reason: str) -> Fit:
+def _result(rows: list[dict[str, Any]], module: Classifier, trainer: pl.Trainer, precision: str, reason: str) -> Fit:
     "Gather what a fit gave."
     keep: Any = trainer.checkpoint_callback
     best, last = Path(keep.best_model_path or keep.last_model_path), Path(keep.last_model_path)
-    rows, device = watch.history, str(module.device)
+    device = str(module.device)
     speed = float(np.median([row["images_per_s"] for row in rows]))
     net = load_net(module.net.cpu(), best)
-    return Fit(net, rows, module.losses[: trainer.global_step].cpu().numpy(), best, last, rows[-1]["seconds"], speed, precision, reason, device, trainer)
+    return Fit(
+        net,
+        rows,
+        module.losses[: trainer.global_step].cpu().numpy(),
+        best,
+        last,
+        rows[-1]["seconds"],
+        speed,
+        precision,
+        reason,
+        device,
+        trainer,
+    )

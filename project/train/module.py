@@ -22,26 +22,30 @@ from torch import nn
 from ..core import nearest
 
 # %% ../../nbs/40_train.module.ipynb #b69850ad
-_NS = (3.4445, -4.7750, 2.0315)  # coefficients of the iteration, by Keller Jordan: fast, and to about 0.7-1.2 rather than to 1
+_NS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # coefficients of the iteration, by Keller Jordan: fast, and to about 0.7-1.2 rather than to 1
 
 
 def orthogonalize(
-    matrix: torch.Tensor, # (m, n) gradient
-    steps: int = 3, # Newton-Schulz steps
-) -> torch.Tensor: # (m, n), singular values near 1
+    matrix: torch.Tensor,  # (m, n) gradient
+    steps: int = 3,  # Newton-Schulz steps
+) -> torch.Tensor:  # (m, n), singular values near 1
     "Make the singular values of a matrix about equal, keeping its directions."
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     a, b, c = _NS
     gram = x @ x.T
     size = gram.diagonal().sum() + 1e-14  # the squared Frobenius norm
-    gram, product = gram / size, None
+    gram, product = gram / size, 1 / size.sqrt() * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
     for i in range(steps):
         poly = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         poly.diagonal().add_(a)
-        product = poly if product is None else poly @ product
+        product = poly @ product
         if i < steps - 1:
             gram = poly @ gram @ poly
-    out = (product / size.sqrt()) @ x
+    out = product @ x
     return out.T if matrix.shape[0] > matrix.shape[1] else out
 
 # %% ../../nbs/40_train.module.ipynb #5a975f13
@@ -89,41 +93,42 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        groups: Iterable[dict[str, Any]], # each with params, rule, lr; momentum and weight_decay where they matter
+        groups: Iterable[dict[str, Any]],  # each with params, rule, lr; momentum and weight_decay where they matter
     ):
         groups = [{"momentum": 0.0, "weight_decay": 0.0, **group} for group in groups]
         for group in groups:
             if group["rule"] not in _RULES:
-                raise ValueError(f"rule: expected one of {', '.join(_RULES)}, got {group['rule']!r}.{nearest(group['rule'], _RULES)}")
+                raise ValueError(
+                    f"rule: expected one of {', '.join(_RULES)}, got {group['rule']!r}.{nearest(group['rule'], _RULES)}"
+                )
         super().__init__(groups, {})
 
     @torch.no_grad()
     def step(
         self,
-        closure: Callable[[], Any] | None = None, # computes loss and gradients, if they are not there yet
-    ) -> Any: # what the closure gave
+        closure: Callable[[], Any] | None = None,  # computes loss and gradients, if they are not there yet
+    ) -> Any:  # what the closure gave
         "Update every parameter that has a gradient."
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in self.param_groups:
-            rule = _RULES[group["rule"]]
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, rule, group)
+                    self._update(p, p.grad, group)
         return loss
 
-    def _update(self, p: nn.Parameter, rule: _Rule, group: dict[str, Any]) -> None:
-        state = self.state[p]
+    def _update(self, p: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        rule, state = _RULES[group["rule"]], self.state[p]
         if p.dtype == torch.float32:
-            return rule(p, p.grad, state, group)
+            return rule(p, grad, state, group)
         if "master" not in state:
             state["master"] = p.float()
-        rule(state["master"], p.grad.float(), state, group)
+        rule(state["master"], grad.float(), state, group)
         p.copy_(state["master"])
 
     def load_state_dict(
         self,
-        state_dict: dict[str, Any], # from `state_dict`
+        state_dict: dict[str, Any],  # from `state_dict`
     ) -> None:
         "Load a state with every tensor in the precision it was saved in."
         super().load_state_dict(state_dict)
@@ -138,25 +143,31 @@ OPTIMIZERS = tuple(_RULES)
 
 
 def make_optimizer(
-    net: nn.Module, # has a `head`
-    name: str = "muon", # one of `OPTIMIZERS`
-    lr: float = 0.15, # peak rate; of the filters for muon
-    momentum: float = 0.6, # of muon; SGD takes 0.85 beside it, and this value alone
-    weight_decay: float = 0.0, # for sgd and adam
-) -> RuleOptimizer: # one optimizer for all parameters that are trained
+    net: nn.Module,  # has a `head`
+    name: str = "muon",  # one of `OPTIMIZERS`
+    lr: float = 0.15,  # peak rate; of the filters for muon
+    momentum: float = 0.6,  # of muon; SGD takes 0.85 beside it, and this value alone
+    weight_decay: float = 0.0,  # for sgd and adam
+) -> RuleOptimizer:  # one optimizer for all parameters that are trained
     "The optimizer for a network."
     if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}.{nearest(name, OPTIMIZERS)}")
+        raise ValueError(
+            f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}.{nearest(name, OPTIMIZERS)}"
+        )
     params = [p for p in net.parameters() if p.requires_grad]
     if name != "muon":
-        return RuleOptimizer([{"params": params, "rule": name, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}])
-    heads = {id(p) for p in net.head.parameters()}
+        return RuleOptimizer(
+            [{"params": params, "rule": name, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}]
+        )
+    heads = {id(p) for key, p in net.named_parameters() if key.startswith("head.")}
     filters = [p for p in params if p.ndim == 4]
     head = [p for p in params if id(p) in heads]
     rest = [p for p in params if p.ndim != 4 and id(p) not in heads]
-    groups = [{"params": filters, "rule": "muon", "lr": lr, "momentum": momentum},
-              {"params": head, "rule": "sgd", "lr": 4 * lr, "momentum": 0.85},
-              {"params": rest, "rule": "sgd", "lr": lr * 2 / 3, "momentum": 0.85}]
+    groups = [
+        {"params": filters, "rule": "muon", "lr": lr, "momentum": momentum},
+        {"params": head, "rule": "sgd", "lr": 4 * lr, "momentum": 0.85},
+        {"params": rest, "rule": "sgd", "lr": lr * 2 / 3, "momentum": 0.85},
+    ]
     return RuleOptimizer([g for g in groups if g["params"]])
 
 # %% ../../nbs/40_train.module.ipynb #1c0ef67d
@@ -164,10 +175,10 @@ SCHEDULES = ("triangular", "cosine", "constant")
 
 
 def lr_schedule(
-    name: str, # one of `SCHEDULES`
-    steps: int, # of the whole run
-    warmup: float = 0.2, # share of the run in which the rate rises
-) -> Callable[[int], float]: # step -> share of the peak
+    name: str,  # one of `SCHEDULES`
+    steps: int,  # of the whole run
+    warmup: float = 0.2,  # share of the run in which the rate rises
+) -> Callable[[int], float]:  # step -> share of the peak
     "The learning rate over time: up in a line, then down in a line, along a cosine, or not at all."
     if name not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}.{nearest(name, SCHEDULES)}")
@@ -183,78 +194,93 @@ def lr_schedule(
 
 # %% ../../nbs/40_train.module.ipynb #379158f2
 def probabilities(
-    net: nn.Module, # takes (B, C, H, W) unsigned bytes, gives logits
-    x: torch.Tensor, # (B, C, H, W)
-    tta: bool = False, # average with the mirror image
-) -> torch.Tensor: # (B, classes), single precision
+    net: nn.Module,  # takes (B, C, H, W) unsigned bytes, gives logits
+    x: torch.Tensor,  # (B, C, H, W)
+    tta: bool = False,  # average with the mirror image
+) -> torch.Tensor:  # (B, classes), single precision
     "Class probabilities of a batch."
     p = net(x).float().softmax(1)
     return (p + net(x.flip(3)).float().softmax(1)) / 2 if tta else p
 
 # %% ../../nbs/40_train.module.ipynb #83bdf4fb
-class Classifier(pl.LightningModule):
-    "Trains a network that turns images into logits."
+class _Losses(pl.LightningModule):
+    "Keeps the loss of every step."
 
-    def __init__(
-        self,
-        net: nn.Module, # takes unsigned bytes, gives logits
-        optimizer: Callable[[nn.Module], torch.optim.Optimizer], # makes the optimizer for a network
-        schedule: Callable[[int], Callable[[int], float]], # number of steps -> (step -> share of the peak rate)
-        label_smoothing: float = 0.0, # share of the target that goes to all classes
-        tta: bool = False, # average with the mirror image in validation and test
-    ):
-        super().__init__()
-        self.net, self.make_optimizer, self.make_schedule = net, optimizer, schedule
-        self.label_smoothing, self.tta = label_smoothing, tta
-        self.losses = torch.empty(0)  # one a step
-
-    def model_step(
-        self,
-        batch: tuple[torch.Tensor, torch.Tensor], # images, labels
-        smoothing: float = 0.0, # of the labels
-    ) -> tuple[torch.Tensor, torch.Tensor]: # mean loss, logits in single precision
-        "Loss and logits of a batch."
-        x, y = batch
-        logits = self.net(x).float()
-        return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
+    losses = torch.empty(0)  # one a step; what is still to come is NaN
 
     def on_fit_start(self) -> None:
-        old = self.losses
-        self.losses = torch.full((max(int(self.trainer.estimated_stepping_batches), len(old)),), math.nan, device=self.device)
+        old, steps = self.losses, int(self.trainer.estimated_stepping_batches)
+        self.losses = torch.full((max(steps, len(old)),), math.nan, device=self.device)
         self.losses[: len(old)] = old
 
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        loss, _ = self.model_step(batch, self.label_smoothing)
-        self.losses[self.trainer.global_step] = loss.detach()
-        return loss
-
-    def on_train_epoch_end(self) -> None:
-        done = self.trainer.global_step
-        self.log("train/loss", self.losses[done - self.trainer.num_training_batches : done].mean())
-
-    def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(3, device=self.device)  # loss, right answers, examples
-
-    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        x, y = batch
-        p = probabilities(self.net, x, self.tta)
-        loss = F.nll_loss(p.clamp_min(1e-12).log(), y, reduction="sum")
-        self._sums += torch.stack([loss, (p.argmax(1) == y).sum(), torch.tensor(float(len(y)), device=loss.device)])
-
-    def on_validation_epoch_end(self) -> None:
-        loss, right, n = self._sums.tolist()
-        self.log_dict({"val/loss": loss / n, "val/acc": right / n})
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.make_optimizer(self.net)
-        share = self.make_schedule(int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, share), "interval": "step"}}
+    def mean_loss(
+        self,
+        first: int,  # a step
+        last: int,  # the step after the last
+    ) -> float:  # NaN if there was none
+        "The mean training loss over some steps."
+        return self.losses[max(first, 0) : last].mean().item()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["losses"] = self.losses[: self.trainer.global_step].cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.losses = checkpoint.get("losses", torch.empty(0))
+        self.losses = checkpoint["losses"]
+
+# %% ../../nbs/40_train.module.ipynb #98bed2c7
+class Classifier(_Losses):
+    "Trains a network that turns images into logits."
+
+    def __init__(
+        self,
+        net: nn.Module,  # takes unsigned bytes, gives logits
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer],  # makes the optimizer for a network
+        schedule: Callable[[int], Callable[[int], float]],  # number of steps -> (step -> share of the peak rate)
+        label_smoothing: float = 0.0,  # share of the target that goes to all classes
+        tta: bool = False,  # average with the mirror image in validation
+    ):
+        super().__init__()
+        self.net, self.make_optimizer, self.make_schedule = net, optimizer, schedule
+        self.label_smoothing, self.tta = label_smoothing, tta
+
+    def model_step(
+        self,
+        batch: tuple[torch.Tensor, torch.Tensor],  # images, labels
+    ) -> torch.Tensor:  # class probabilities where we only look, mean loss where we learn
+        "What the network makes of a batch."
+        x, y = batch
+        if not self.training:
+            return probabilities(self.net, x, self.tta)
+        return F.cross_entropy(self.net(x).float(), y, label_smoothing=self.label_smoothing)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = self.model_step(batch)
+        self.losses[self.trainer.global_step] = loss.detach()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        done = self.trainer.global_step
+        self.log("train/loss", self.mean_loss(done - int(self.trainer.num_training_batches), done))
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(3, device=self.device)  # loss, right answers, examples
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        p, y = self.model_step(batch), batch[1]
+        loss = F.nll_loss(p.clamp_min(1e-12).log(), y, reduction="sum")
+        self._sums += torch.stack([loss, (p.argmax(1) == y).sum(), torch.full_like(loss, len(y))])
+
+    def on_validation_epoch_end(self) -> None:
+        loss, right, n = self._sums.tolist()
+        self.log_dict({"val/loss": loss / n, "val/acc": right / n})
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.net)
+        share = self.make_schedule(int(self.trainer.estimated_stepping_batches))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, share), "interval": "step"},
+        }
 
 # %% ../../nbs/40_train.module.ipynb #24371b1c
 @contextlib.contextmanager

@@ -1,0 +1,276 @@
+"""How long training takes, against the plain way and against the same fit without Lightning.
+
+    python benchmarks/train_fashion_mnist.py            all of it, about 20 minutes on two cores
+    python benchmarks/train_fashion_mnist.py --quick    one seed and few steps, to see that it works
+    python benchmarks/train_fashion_mnist.py --json out.json
+
+Every row is measured in fresh processes; times count from the start of one. Nothing here is a test: seconds depend
+on the machine and on who else uses it, which is why the spread is printed with every number.
+"""
+
+import argparse
+import csv
+import dataclasses
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = {"tiny": (90, 6), "small": (92, 17), "fast": (93, 48), "94": (94, 110)}  # recipe: % and seconds
+
+
+def to_accuracy(recipe, seed):
+    """Import, fit on all 60,000 training images, score the test set."""
+    gc.disable()  # imports make a million objects that stay: collecting among them costs half a second
+    from project.data.store import open_data
+    from project.train.fit import fit, get_recipe, predict
+
+    gc.enable()
+    gc.freeze()
+    imported = time.time()
+    data = open_data("fashion_mnist")
+    chosen = get_recipe("fashion_mnist", recipe, train_on="train+val")
+    with tempfile.TemporaryDirectory() as folder:
+        result = fit(chosen, data, folder, seed=seed)
+        images, labels = data.split("test")
+        p = predict(result.net, images, tta=chosen.tta, precision="bf16" if result.precision == "bf16" else "fp32")
+        accuracy = float((p.argmax(1) == labels).mean())
+        return {
+            "accuracy": accuracy,
+            "imported": imported,
+            "end": time.time(),
+            "fit": result.seconds,
+            "images_per_s": result.images_per_s,
+        }
+
+
+def first_batch(_recipe, _seed):
+    """Import the package and gather one batch."""
+    start = time.time()
+    import project.train.fit  # noqa: F401
+
+    imported = time.time()
+    from project.data.loader import Batches
+    from project.data.store import open_data
+
+    data = open_data("fashion_mnist")
+    next(iter(Batches(data.images, data.labels, 250, rows=data.splits["train"], shuffle=True)))
+    return {"import": imported - start, "batch": time.time() - imported}
+
+
+def step(recipe, steps):
+    """The same steps by Lightning and by a bare loop, in turn."""
+    import torch
+    import torch.nn.functional as F
+
+    from project.data.store import open_data
+    from project.train.fit import choose_precision, fit, get_recipe, init_net, make_loaders, to_precision_
+    from project.train.module import lr_schedule, make_optimizer
+
+    data, precision = open_data("fashion_mnist"), choose_precision()[0]
+    chosen = get_recipe("fashion_mnist", recipe, batch_size=250, epochs=1)
+    times = {"loop": [], "fit": []}
+    for _ in range(5):
+        net = to_precision_(init_net(chosen, data), precision).train()
+        optimizer = make_optimizer(net, chosen.optimizer, chosen.lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_schedule(chosen.schedule, steps))
+        start = time.perf_counter()
+        for x, y in make_loaders(chosen, data, limit_batches=steps)[0]:
+            optimizer.zero_grad()
+            F.cross_entropy(net(x).float(), y, label_smoothing=chosen.label_smoothing).backward()
+            optimizer.step()
+            scheduler.step()
+        times["loop"].append((time.perf_counter() - start) / steps)
+        with tempfile.TemporaryDirectory() as folder:
+            result = fit(dataclasses.replace(chosen, train_on="train"), data, folder, limit_batches=steps)
+            times["fit"].append(chosen.batch_size / result.images_per_s)
+    return times
+
+
+def plain(_recipe, steps):
+    """ResNet-18, Adam, batch 64, a DataLoader, a loop: what a course would write."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from project.data.store import open_data
+    from project.models.vision import build_model
+
+    data = open_data("fashion_mnist")
+    images, labels = data.split("train")
+    torch.manual_seed(0)
+    net = build_model("resnet18", 10, (28, 28)).train()
+    # the stem of the well-known network, for photographs: a twelfth of the arithmetic of ours for small images
+    net.stem = nn.Sequential(nn.Conv2d(1, 64, 7, 2, 3, bias=False), *net.stem[1:], nn.MaxPool2d(3, 2, 1))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    examples = TensorDataset(torch.from_numpy(np.array(images))[:, None], torch.from_numpy(labels))
+    times, last = [], time.perf_counter()
+    for _, (x, y) in zip(range(steps), DataLoader(examples, 64, shuffle=True), strict=False):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - last)
+        last = time.perf_counter()
+    return {"step": statistics.median(times[2:]), "images_per_s": 64 / statistics.median(times[2:])}
+
+
+def papermill(recipe, seed):
+    """The run notebook; the fit's own seconds are in its metrics."""
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            "nbs/train.ipynb",
+            f"{folder}/out.ipynb",
+            "-p",
+            "recipe",
+            recipe,
+            "-p",
+            "seed",
+            str(seed),
+        ]
+        env = os.environ | {"PROJECT_RUNS": folder, "WANDB_MODE": "disabled"}
+        subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
+        rows = [
+            row for path in Path(folder).glob("*/metrics.csv") for row in csv.DictReader(path.open(encoding="utf-8"))
+        ]
+    seconds = [float(row["seconds"]) for row in rows if row.get("seconds")]
+    return {"wall": time.time() - start, "fit": max(seconds, default=float("nan"))}
+
+
+def alone(recipe, seed):
+    """The same fit, called from Python with a validation set."""
+    from project.data.store import open_data
+    from project.train.fit import fit, get_recipe
+
+    with tempfile.TemporaryDirectory() as folder:
+        return {"fit": fit(get_recipe("fashion_mnist", recipe), open_data("fashion_mnist"), folder, seed=seed).seconds}
+
+
+CHILDREN = {f.__name__: f for f in (to_accuracy, first_batch, step, plain, papermill, alone)}
+
+
+def child(name, recipe="-", number=0):
+    """Run one measurement in a process of its own."""
+    started = time.time()
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", name, recipe, str(number)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the measurement {name} {recipe} failed:\n{done.stderr[-2000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result | {"seconds": result["end"] - started} if "end" in result else result
+
+
+def noise():
+    """The spread of a fixed piece of work: what differences below it mean nothing."""
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        sum(i * i for i in range(2_000_000))
+        times.append(time.perf_counter() - start)
+    return (max(times) - min(times)) / statistics.median(times)
+
+
+def middle(values):
+    """Median with the range."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def measure(quick):
+    """All rows: name, value, remark; and the raw numbers."""
+    raw, rows = {"noise before": noise()}, []
+    for recipe in ("tiny",) if quick else TARGETS:
+        runs = raw[f"recipe {recipe}"] = [child("to_accuracy", recipe, seed) for seed in range(1 if quick else 3)]
+        accuracy = statistics.mean(r["accuracy"] for r in runs)
+        target, seconds = TARGETS[recipe]
+        took, speed = middle([r["seconds"] for r in runs]), statistics.median(r["images_per_s"] for r in runs)
+        rows.append(
+            (
+                f"recipe `{recipe}`: test accuracy {accuracy:.2%}",
+                f"{took} s",
+                f"goal {target} % in {seconds} s; {speed:,.0f} images/s in training",
+            )
+        )
+    runs = raw["first batch"] = [child("first_batch") for _ in range(2 if quick else 5)]
+    rows.append(("import project.train.fit", f"{middle([r['import'] for r in runs])} s", "mostly torch and Lightning"))
+    rows.append(
+        ("first batch after it", f"{middle([1000 * r['batch'] for r in runs])} ms", "opens the data, shuffles, gathers")
+    )
+    steps = child("step", "fast", 20 if quick else 60)
+    raw["step"] = steps
+    ratios = [a / b for a, b in zip(steps["fit"], steps["loop"], strict=True)]
+    rows.append(
+        (
+            "Lightning's step over the bare loop's, batch 250",
+            middle(ratios),
+            f"loop {1000 * statistics.median(steps['loop']):.1f} ms; goal 1.10",
+        )
+    )
+    slow = raw["plain"] = child("plain", "-", 8 if quick else 40)
+    rows.append(
+        (
+            "the plain way: one epoch of ResNet-18",
+            f"{slow['step'] * 55_000 / 64:.0f} s",
+            f"from {slow['step'] * 1000:.0f} ms a step; {slow['images_per_s']:,.0f} images/s",
+        )
+    )
+    if (ROOT / "nbs/train.ipynb").exists():
+        recipe = "tiny" if quick else "small"
+        pairs = raw["papermill"] = [
+            (child("alone", recipe, s), child("papermill", recipe, s)) for s in range(1 if quick else 3)
+        ]
+        rows.append(
+            (
+                "the fit inside papermill over the fit alone",
+                middle([b["fit"] / a["fit"] for a, b in pairs]),
+                f"whole notebook {middle([b['wall'] for _, b in pairs])} s; goal 1.05",
+            )
+        )
+    raw["noise after"] = noise()
+    return raw, rows
+
+
+def main():
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps")
+    parser.add_argument("--json", type=Path, help="where to write the raw numbers")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        name, recipe, number = args.child
+        print(json.dumps(CHILDREN[name](recipe, int(number))))
+        return
+    from project.core import environment
+    from project.data.store import build
+
+    build("fashion_mnist")
+    raw, rows = measure(args.quick)
+    machine = environment()
+    print(f"{machine['cpu']}, {machine['cores']} cores, torch {machine['packages']['torch']}")
+    print(f"noise of a fixed piece of work: {raw['noise before']:.0%} before, {raw['noise after']:.0%} after\n")
+    print("| what | median (range) | remark |\n|---|---|---|")
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    if args.json:
+        from project.core import write_json
+
+        write_json(args.json, raw | {"machine": machine})
+
+
+if __name__ == "__main__":
+    main()
