@@ -107,9 +107,9 @@ def _check(
             f"got {options['batch_size']:,}; choose a smaller one"
         )
 
-# %% ../../nbs/26_data.loader.ipynb #31752204
-class Batches:
-    "Batches of (uint8 images (B, C, H, W), int64 labels (B,)) from arrays in memory or memory-mapped."
+# %% ../../nbs/26_data.loader.ipynb #cdb736f8
+class _Examples:
+    "Arrays, and any batch of any epoch of them: what a batch holds depends on seed, epoch and position alone."
 
     def __init__(
         self,
@@ -128,46 +128,27 @@ class Batches:
     ):
         self.images, self.labels = images, np.asarray(labels)
         self.rows = np.arange(len(images)) if rows is None else np.asarray(rows)
-        options = {
-            "batch_size": batch_size,
-            "seed": seed,
-            "flip": flip,
-            "shift": shift,
-            "cutout": cutout,
-            "limit": limit,
-            "drop_last": drop_last,
-        }
+        numbers = {"batch_size": batch_size, "seed": seed, "shift": shift, "cutout": cutout, "limit": limit}
+        options = {**numbers, "flip": flip, "drop_last": drop_last}
         _check(images, self.labels, self.rows, options)
         self.batch_size, self.shuffle, self.seed, self.flip = batch_size, shuffle, seed, flip
         self.shift, self.cutout = shift, cutout
         n = len(self.rows) // batch_size if drop_last else math.ceil(len(self.rows) / batch_size)
         self.length = min(n, limit) if limit else n
-        self.epoch = self.position = 0
-        self._restored = False
         self._identity = np.arange(len(self.rows))
         self._order = (-1, self._identity)
         self._flipped = torch.rand(len(self.rows), generator=_generator(seed)) < 0.5
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        first = True
-        while first or self.position < self.length:
-            if first:
-                self._start()
-                first = False
-            self.position += 1
-            yield self.batch(self.epoch, self.position - 1)
-
-    def _start(self) -> None:
-        "Begin an epoch: the rest of a restored one, the next after a whole one, the same after a broken one."
-        if not self._restored:
-            self.epoch += self.position >= self.length
-            self.position = 0
-        elif self.position >= self.length:
-            self.epoch, self.position = self.epoch + 1, 0
-        self._restored = False
+    def order(
+        self,
+        epoch: int,  # from 0
+    ) -> np.ndarray:  # positions in `rows`
+        "The order of an epoch."
+        if not self.shuffle:
+            return self._identity
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        return self._order[1]
 
     def batch(
         self,
@@ -185,16 +166,41 @@ class Batches:
             x = augment_batch(x, (self.seed, epoch, position), self.flip == "random", self.shift, self.cutout)
         return x, y
 
-    def order(
+# %% ../../nbs/26_data.loader.ipynb #8f301abf
+class Batches(_Examples):
+    "Batches of (uint8 images (B, C, H, W), int64 labels (B,)) from arrays in memory or memory-mapped."
+
+    epoch = position = 0  # what is read next
+    _restored = False  # whether the next pass begins at `position` and not at the first batch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        first = True
+        while first or self.position < self.length:
+            if first:
+                self._start()
+                first = False
+            self.position += 1
+            yield self.batch(self.epoch, self.position - 1)
+
+    def _start(self) -> None:
+        "Begin an epoch: the rest of a restored one, the next after a whole one, the same after a broken one."
+        if self.position >= self.length:
+            self.epoch, self.position = self.epoch + 1, 0
+        elif not self._restored:
+            self.position = 0
+        self._restored = False
+
+    def set_epoch(
         self,
-        epoch: int,  # from 0
-    ) -> np.ndarray:  # positions in `rows`
-        "The order of an epoch."
-        if not self.shuffle:
-            return self._identity
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-        return self._order[1]
+        epoch: int,  # that begins, from 0
+    ) -> None:
+        "Begin this epoch, or go on in it if that is where reading stands."
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+        self._restored = True
 
     def state_dict(self) -> dict[str, int]:  # two whole numbers
         "Where reading stands."

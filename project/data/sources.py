@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from ..core import atomic_path, cache_dir, check_space, nearest, progress, root, sha256
+from ..core import atomic_path, cache_dir, check_space, nearest, progress, sha256
 
 # %% ../../nbs/20_data.sources.ipynb #06e93d8f
 class SourceError(ValueError):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from pytorch_lightning.profilers import PyTorchProfiler, SimpleProfiler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -278,9 +278,9 @@ class _Display(pl.Callback):
     def __init__(self, batch_size: int, every: float = 0.5):
         self.batch_size, self.every = batch_size, every
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.bar = progress(int(trainer.estimated_stepping_batches), "train", "steps")
-        self.shown, self.last = 0, time.monotonic()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.bar = progress(pl_module.steps, "train", "steps")
+        self.shown, self.last = trainer.global_step, time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         now, step = time.monotonic(), trainer.global_step
@@ -326,18 +326,17 @@ class Fit:
         return f"Fit({len(self.history)} epochs, {last}, {self.precision} on {self.device})"
 
 
-def _profiler(profile: str, run_dir: Path) -> Any:
+def _profiler(profile: str, run_dir: Path, steps: int) -> Any:
     "Lightning's profiler, which leaves its report or trace in the run's folder."
     _choice("profile", profile, PROFILES)
     where = run_dir / "profile"
     if profile == "none":
         return None
     where.mkdir(parents=True, exist_ok=True)
-    return (
-        SimpleProfiler(where, "simple")
-        if profile == "simple"
-        else PyTorchProfiler(where, "pytorch", export_to_chrome=True)
-    )
+    if profile == "simple":
+        return SimpleProfiler(where, "simple")
+    few = {"schedule": None} if steps < 5 else {}  # Lightning waits, warms up and records five steps; of fewer, all
+    return PyTorchProfiler(where, "pytorch", export_to_chrome=True, **few)
 
 # %% ../../nbs/42_train.fit.ipynb #cd9f1d6f
 def make_loaders(
@@ -394,6 +393,7 @@ def _make_trainer(
             max_epochs=math.ceil(recipe.epochs),
             callbacks=[*callbacks, keep],
             num_sanity_val_steps=0,
+            limit_val_batches=None if validate else 0,
             log_every_n_steps=1,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -404,6 +404,16 @@ def _make_trainer(
     except (MisconfigurationException, RuntimeError) as e:
         where = f"accelerator={settings['accelerator']!r}, devices={settings['devices']!r}"
         raise ValueError(f"{where} cannot be used on this machine: {e}") from e
+
+
+def _make_module(recipe: Recipe, net: nn.Module, steps: int) -> Classifier:
+    "The module that a recipe describes."
+
+    def optimizer(net: nn.Module) -> torch.optim.Optimizer:
+        return make_optimizer(net, recipe.optimizer, recipe.lr, weight_decay=recipe.weight_decay)
+
+    schedule = lr_schedule(recipe.schedule, steps, recipe.warmup)
+    return Classifier(net, optimizer, schedule, steps, recipe.label_smoothing, recipe.tta)
 
 
 def _make_run_dir(run_dir: str | Path, net: nn.Module) -> Path:
@@ -420,7 +430,7 @@ def _check_where(accelerator: str, devices: Any) -> None:
     if devices != "auto" and not (isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1):
         raise ValueError(f"devices: expected 'auto' or a whole number of at least 1, got {devices!r}")
 
-# %% ../../nbs/42_train.fit.ipynb #4f68d1df
+# %% ../../nbs/42_train.fit.ipynb #aeeb88b2
 def load_net(
     net: nn.Module,  # a network of the same build
     checkpoint: str | Path,  # written by `fit`
@@ -430,7 +440,7 @@ def load_net(
     net.float().load_state_dict(
         {k.removeprefix("net."): v.float() if v.is_floating_point() else v for k, v in state.items()}
     )
-    return net.eval()
+    return net.to(memory_format=torch.channels_last).eval()  # as in training, so that sums run in the same order
 
 
 def fit(
@@ -459,33 +469,31 @@ def fit(
     net = init_net(recipe, data, seed)
     run_dir = _make_run_dir(run_dir, net)
     history = _History(recipe.batch_size, on_metrics)
-    stop = [EarlyStopping("val/acc", patience=early_stopping, mode="max")] if early_stopping and val else []
+    watch: list[pl.Callback] = [history, _Display(recipe.batch_size)]
+    # the loader follows the Trainer's epochs, which a resumed run does not begin at the first
+    watch.append(LambdaCallback(on_train_epoch_start=lambda t, _: train.set_epoch(t.current_epoch)))
+    if early_stopping and val:
+        watch.append(EarlyStopping("val/acc", patience=early_stopping, mode="max"))
     with quiet_lightning(), warnings.catch_warnings():
         if resume_from:  # the folder is meant to hold the checkpoints of the first sitting
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        if val is None:  # asked for by the recipe
+            warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")
         device = _device(accelerator)
         precision, reason = choose_precision(precision, device)
         trainer = _make_trainer(
             recipe,
             run_dir,
             val is not None,
-            [history, _Display(recipe.batch_size), *stop, *callbacks],
+            [*watch, *callbacks],
             accelerator=accelerator,
             devices=devices,
             precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
             logger=list(loggers) or False,
-            profiler=_profiler(profile, run_dir),
+            profiler=_profiler(profile, run_dir, math.ceil(recipe.epochs) * len(train)),
         )
-        module = Classifier(
-            to_precision_(net, precision),
-            lambda n: make_optimizer(n, recipe.optimizer, recipe.lr, weight_decay=recipe.weight_decay),
-            lambda steps: lr_schedule(recipe.schedule, steps, recipe.warmup),
-            recipe.label_smoothing,
-            recipe.tta,
-        )
-        trainer.fit(
-            module, train, [] if val is None else val, ckpt_path=resume_from, weights_only=True if resume_from else None
-        )
+        module = _make_module(recipe, to_precision_(net, precision), math.ceil(recipe.epochs) * len(train))
+        trainer.fit(module, train, val, ckpt_path=resume_from, weights_only=True if resume_from else None)
     return _result(history.rows, module, trainer, precision, reason)
 
 

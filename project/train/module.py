@@ -206,12 +206,16 @@ def probabilities(
 class _Losses(pl.LightningModule):
     "Keeps the loss of every step."
 
-    losses = torch.empty(0)  # one a step; what is still to come is NaN
+    def __init__(
+        self,
+        steps: int,  # of the whole run
+    ):
+        super().__init__()
+        self.steps = steps
+        self.losses = torch.full((steps,), math.nan)  # what is still to come is NaN
 
     def on_fit_start(self) -> None:
-        old, steps = self.losses, int(self.trainer.estimated_stepping_batches)
-        self.losses = torch.full((max(steps, len(old)),), math.nan, device=self.device)
-        self.losses[: len(old)] = old
+        self.losses = self.losses.to(self.device)
 
     def mean_loss(
         self,
@@ -225,7 +229,8 @@ class _Losses(pl.LightningModule):
         checkpoint["losses"] = self.losses[: self.trainer.global_step].cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.losses = checkpoint["losses"]
+        done = checkpoint["losses"][: self.steps]
+        self.losses[: len(done)] = done
 
 # %% ../../nbs/40_train.module.ipynb #98bed2c7
 class Classifier(_Losses):
@@ -235,12 +240,13 @@ class Classifier(_Losses):
         self,
         net: nn.Module,  # takes unsigned bytes, gives logits
         optimizer: Callable[[nn.Module], torch.optim.Optimizer],  # makes the optimizer for a network
-        schedule: Callable[[int], Callable[[int], float]],  # number of steps -> (step -> share of the peak rate)
+        schedule: Callable[[int], float],  # step -> share of the peak rate
+        steps: int,  # of the whole run
         label_smoothing: float = 0.0,  # share of the target that goes to all classes
         tta: bool = False,  # average with the mirror image in validation
     ):
-        super().__init__()
-        self.net, self.make_optimizer, self.make_schedule = net, optimizer, schedule
+        super().__init__(steps)
+        self.net, self.make_optimizer, self.schedule = net, optimizer, schedule
         self.label_smoothing, self.tta = label_smoothing, tta
 
     def model_step(
@@ -276,11 +282,8 @@ class Classifier(_Losses):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.net)
-        share = self.make_schedule(int(self.trainer.estimated_stepping_batches))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, share), "interval": "step"},
-        }
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 # %% ../../nbs/40_train.module.ipynb #24371b1c
 @contextlib.contextmanager
