@@ -205,7 +205,7 @@ class ResNet18(ImageClassifier):
 _BUILDERS: dict[str, tuple[Callable[..., ImageClassifier], dict[str, Any]]] = {
     "cnn-xs": (FastCNN, {"widths": (32, 64), "patch": 4, "stride": 2}),
     "cnn-s": (FastCNN, {"widths": (16, 32, 64)}),
-    "cnn-m": (FastCNN, {"widths": (32, 64, 128)}),
+    "cnn-m": (FastCNN, {"widths": (32, 64, 160)}),
     "cnn-l": (FastCNN, {"widths": (64, 128, 256)}),
     "resnet18": (ResNet18, {}),
     "resnet18-quarter": (ResNet18, {"width": 16}),
