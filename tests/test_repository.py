@@ -432,8 +432,8 @@ def test_readme_command_exists(command):
 
 def check_papermill(arguments):
     """The notebook has every parameter that is given."""
-    notebook = next(a for a in arguments if a.endswith(".ipynb"))
-    notebook = ROOT / "nbs" / Path(notebook).name
+    notebook = ROOT / "nbs" / Path(arguments[0]).with_suffix(".ipynb").name
+    assert notebook.exists(), f"no such notebook: {arguments[0]}"
     known = {
         node.id
         for c in cells(notebook, "code")

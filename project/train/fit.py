@@ -434,7 +434,7 @@ def _check_where(accelerator: str, devices: Any) -> None:
     if devices != "auto" and not (isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1):
         raise ValueError(f"devices: expected 'auto' or a whole number of at least 1, got {devices!r}")
 
-# %% ../../nbs/42_train.fit.ipynb #aeeb88b2
+# %% ../../nbs/42_train.fit.ipynb #ef28ceee
 def load_net(
     net: nn.Module,  # a network of the same build
     checkpoint: str | Path,  # written by `fit`
@@ -447,6 +447,35 @@ def load_net(
     return net.to(memory_format=torch.channels_last).eval()  # as in training, so that sums run in the same order
 
 
+def _device(accelerator: str) -> str:
+    "The kind of device an accelerator's name means here."
+    if accelerator == "gpu" or accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return accelerator
+
+
+def _result(rows: list[dict[str, Any]], module: Classifier, trainer: pl.Trainer, precision: str, reason: str) -> Fit:
+    "Gather what a fit gave."
+    keep: Any = trainer.checkpoint_callback
+    best, last = Path(keep.best_model_path or keep.last_model_path), Path(keep.last_model_path)
+    device = str(module.device)
+    speed = float(np.median([row["images_per_s"] for row in rows]))
+    net = load_net(module.net.cpu(), best)
+    return Fit(
+        net,
+        rows,
+        module.losses[: trainer.global_step].cpu().numpy(),
+        best,
+        last,
+        rows[-1]["seconds"],
+        speed,
+        precision,
+        reason,
+        device,
+        trainer,
+    )
+
+# %% ../../nbs/42_train.fit.ipynb #a9910cff
 def fit(
     recipe: Recipe,  # what to train and how
     data: Data,  # on what
@@ -499,32 +528,3 @@ def fit(
         module = _make_module(recipe, to_precision_(net, precision), math.ceil(recipe.epochs) * len(train))
         trainer.fit(module, train, val, ckpt_path=resume_from, weights_only=True if resume_from else None)
     return _result(history.rows, module, trainer, precision, reason)
-
-
-def _device(accelerator: str) -> str:
-    "The kind of device an accelerator's name means here."
-    if accelerator == "gpu" or accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return accelerator
-
-
-def _result(rows: list[dict[str, Any]], module: Classifier, trainer: pl.Trainer, precision: str, reason: str) -> Fit:
-    "Gather what a fit gave."
-    keep: Any = trainer.checkpoint_callback
-    best, last = Path(keep.best_model_path or keep.last_model_path), Path(keep.last_model_path)
-    device = str(module.device)
-    speed = float(np.median([row["images_per_s"] for row in rows]))
-    net = load_net(module.net.cpu(), best)
-    return Fit(
-        net,
-        rows,
-        module.losses[: trainer.global_step].cpu().numpy(),
-        best,
-        last,
-        rows[-1]["seconds"],
-        speed,
-        precision,
-        reason,
-        device,
-        trainer,
-    )
