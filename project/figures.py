@@ -117,9 +117,15 @@ def show_race(
             fmt="o",
             capsize=3,
         )
-        ax.annotate(name, (x.mean(), 100 * y.mean()), textcoords="offset points", xytext=(7, -9), fontsize=8)
+        ax.annotate(
+            name, (x.mean(), 100 * y.mean()), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8
+        )
+    ax.margins(x=0.18, y=0.15)
     ax.set(xscale="log", xlabel="seconds from process start, 2 CPU cores", ylabel="test accuracy, %")
-    ax.grid(alpha=0.3, which="both")
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]]
+    ax.set_xticks(ticks, [str(t) for t in ticks])
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
     return figure
 
 # %% ../nbs/06_figures.ipynb #31b74155

@@ -83,6 +83,7 @@ def test_unknown_tasks_and_recipes():
     ("arguments", "message"),
     [
         ({"devices": "two"}, "devices"),
+        ({"devices": 2}, "not shared out"),
         ({"devices": True}, "devices"),
         ({"accelerator": "tpu"}, "accelerator: expected one of"),
         ({"precision": "16"}, "precision: expected one of"),

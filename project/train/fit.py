@@ -339,7 +339,9 @@ def _profiler(profile: str, run_dir: Path, steps: int) -> Any:
     where.mkdir(parents=True, exist_ok=True)
     if profile == "simple":
         return SimpleProfiler(where, "simple")
-    few = {"schedule": None} if steps < 5 else {}  # Lightning waits, warms up and records five steps; of fewer, all
+    few: dict[str, Any] = (
+        {"schedule": None} if steps < 5 else {}
+    )  # Lightning waits, warms up and records five steps; of fewer, all
     return PyTorchProfiler(where, "pytorch", export_to_chrome=True, **few)
 
 # %% ../../nbs/42_train.fit.ipynb #cd9f1d6f
@@ -433,6 +435,8 @@ def _check_where(accelerator: str, devices: Any) -> None:
     _choice("accelerator", accelerator, ACCELERATORS)
     if devices != "auto" and not (isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1):
         raise ValueError(f"devices: expected 'auto' or a whole number of at least 1, got {devices!r}")
+    if devices not in ("auto", 1):  # every process would read the same batches: slower, and no better
+        raise ValueError(f"devices: expected 1, got {devices}: batches are not shared out among processes yet")
 
 # %% ../../nbs/42_train.fit.ipynb #ef28ceee
 def load_net(
@@ -444,7 +448,8 @@ def load_net(
     net.float().load_state_dict(
         {k.removeprefix("net."): v.float() if v.is_floating_point() else v for k, v in state.items()}
     )
-    return net.to(memory_format=torch.channels_last).eval()  # as in training, so that sums run in the same order
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training: sums run in the same order
+    return net.eval()
 
 
 def _device(accelerator: str) -> str:
@@ -486,7 +491,7 @@ def fit(
     profile: str = "none",  # "simple" (times) or "pytorch" (a trace), kept in run_dir/profile
     precision: str = "auto",  # "fp32", "bf16" or "bf16-mixed"; "auto" asks the device
     accelerator: str = "auto",  # "cpu", "cuda", "mps"
-    devices: int | str = "auto",  # how many
+    devices: int | str = 1,  # how many; one, until batches are shared out among processes
     early_stopping: int = 0,  # stop after so many epochs without a better val/acc; 0: off
     resume_from: str | Path | None = None,  # a last.ckpt to go on from
     loggers: Sequence[Any] = (),  # Lightning loggers
@@ -520,7 +525,7 @@ def fit(
             val is not None,
             [*watch, *callbacks],
             accelerator=accelerator,
-            devices=devices,
+            devices=1,
             precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
             logger=list(loggers) or False,
             profiler=_profiler(profile, run_dir, math.ceil(recipe.epochs) * len(train)),
