@@ -254,7 +254,7 @@ def measure(quick):
         )
     )
     if (ROOT / "nbs/train.ipynb").exists():
-        recipe = "tiny" if quick else "small"
+        recipe = "tiny"
         pairs = raw["papermill"] = [
             (child("alone", recipe, s), child("papermill", recipe, s)) for s in range(1 if quick else 3)
         ]

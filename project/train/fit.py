@@ -104,9 +104,9 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "fashion_mnist": {
         # test accuracy (three seeds) and seconds from process start, on two cores with bfloat16, trained on train+val
         "tiny": Recipe(model="cnn-s", epochs=1, flip="none"),  # 90.4 %, 11 s
-        "small": Recipe(model="cnn-s", epochs=3),  # 92.4 %, 24 s
-        "fast": Recipe(model="cnn-m", epochs=3),  # 93.2 %, 51 s
-        "94": Recipe(model="cnn-m", epochs=7, batch_size=500, lr=0.2),  # 94.1 % (one seed), 111 s
+        "small": Recipe(model="cnn-s", epochs=3),  # 92.4 %, 23 s
+        "fast": Recipe(model="cnn-m", epochs=3),  # 93.2 %, 56 s
+        "94": Recipe(model="cnn-m", epochs=7, batch_size=500, lr=0.2),  # 94.0 %, 123 s
         "best": Recipe(
             model="cnn-l", epochs=10, batch_size=500, lr=0.2, shift=1
         ),  # 94.3 % (one seed, train), 7 to 9 min
