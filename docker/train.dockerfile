@@ -24,6 +24,6 @@ ENV PROJECT_COMMIT=$COMMIT \
     PROJECT_DATA=/data \
     PROJECT_RUNS=/runs \
     GOMP_SPINCOUNT=10000
-USER app
+USER 1000
 ENTRYPOINT ["papermill"]
 CMD ["nbs/train.ipynb", "/runs/train.ipynb"]
