@@ -120,6 +120,29 @@ def _parameters(
         found.update(content)
     return found | {name: _resolve_type(value) for name, value in pairs}
 
+# %% ../nbs/90_cli.ipynb #bef1fa20
+def _execute(path: Path, target: Path, values: dict[str, Any], kernel: str | None, log_output: bool) -> None:
+    "Papermill, with its errors said in words."
+    import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
+
+    try:
+        papermill.execute_notebook(
+            str(path),
+            str(target),
+            values,
+            kernel_name=kernel,
+            progress_bar=sys.stderr.isatty(),
+            log_output=log_output,
+            autosave_cell_every=5,
+        )
+    except NoSuchKernel as e:
+        there = "`make setup` installs one, `jupyter kernelspec list` shows those there are"
+        raise click.ClickException(f"no Jupyter kernel named {e.name!r} here; {there}") from e
+    except papermill.PapermillExecutionError as e:
+        said = f"cell {e.cell_index}: {e.ename}: {e.evalue}" if not os.environ.get("PROJECT_DEBUG") else str(e)
+        raise click.ClickException(f"{said}\nThe executed notebook with the error: {show_path(target)}") from e
+
 # %% ../nbs/90_cli.ipynb #880ed6dc
 @app.command("run")
 @click.argument("notebook")
@@ -158,29 +181,6 @@ def run_notebook(
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     _execute(path, target, values, kernel, log_output)
     click.echo(f"executed: {show_path(target)}")
-
-
-def _execute(path: Path, target: Path, values: dict[str, Any], kernel: str | None, log_output: bool) -> None:
-    "Papermill, with its errors said in words."
-    import papermill
-    from jupyter_client.kernelspec import NoSuchKernel
-
-    try:
-        papermill.execute_notebook(
-            str(path),
-            str(target),
-            values,
-            kernel_name=kernel,
-            progress_bar=sys.stderr.isatty(),
-            log_output=log_output,
-            autosave_cell_every=5,
-        )
-    except NoSuchKernel as e:
-        there = "`make setup` installs one, `jupyter kernelspec list` shows those there are"
-        raise click.ClickException(f"no Jupyter kernel named {e.name!r} here; {there}") from e
-    except papermill.PapermillExecutionError as e:
-        said = f"cell {e.cell_index}: {e.ename}: {e.evalue}" if not os.environ.get("PROJECT_DEBUG") else str(e)
-        raise click.ClickException(f"{said}\nThe executed notebook with the error: {show_path(target)}") from e
 
 # %% ../nbs/90_cli.ipynb #9bc926ea
 @app.command("runs")
