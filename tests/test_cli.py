@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import string
 import subprocess
 import sys
 
@@ -83,3 +85,63 @@ def test_completion_answers():
     code = "import sys; sys.argv = ['project']; from project.cli import app; app(prog_name='project')"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert "plain,data" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "text", ["1", "1e-3", "abc", "True", "true", "None", "007", "-1", "1_0", "nan", "", "1.", "0x10"]
+)
+def test_values_are_read_as_papermill_reads_them(text):
+    from papermill.cli import _resolve_type
+
+    from project.cli import _resolve
+
+    theirs, ours = _resolve_type(text), _resolve(text)
+    assert repr(theirs) == repr(ours) and type(theirs) is type(ours)
+
+
+def test_parameters_are_refused_before_papermill_is_loaded(call, tmp_path):
+    code = "import sys; sys.argv = ['project', 'run', 'train', '-p', 'lr', 'abc']\nfrom project.cli import app\n"
+    code += "try: app(prog_name='project')\nfinally: print('papermill' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n" and "lr: expected a number above 0" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_params_as_a_table_and_as_a_schema(call):
+    assert "a number above 0 and at most 10, or None" in call("params", "train").output
+    assert json.loads(call("params", "evaluate", "--json").output)["properties"]["batch_size"]["minimum"] == 1
+    assert "Parameters of train" in call("run", "train", "--help").output
+
+
+def test_runs_are_chosen_and_put_in_order(call):
+    from project.runs.record import start_run
+
+    for seed in (1, 2, 3):
+        start_run("t", {"seed": seed}, notebook="nbs/x.ipynb").finish(metrics={"test/acc": seed / 10})
+    rows = call("runs", "--sort=-test/acc", "--where", "seed>1").output.splitlines()
+    assert [r.split()[4] for r in rows[1:]] == ["0.3000", "0.2000"]
+    assert len(json.loads(call("runs", "-n", "1", "--json").output)) == 1
+    done = call("runs", "--sort", "test/ac")
+    assert done.exit_code == 1 and "Did you mean 'test/acc'" in done.output
+    assert call("runs", "--where", "seed").exit_code == 1
+
+
+def test_show_compare_and_scan(call, tmp_path):
+    from project.runs.record import start_run
+
+    names = []
+    for seed in (1, 2):
+        run = start_run("t", {"seed": seed}, notebook="nbs/x.ipynb")
+        run.log({"loss": 1 / seed})
+        run.finish(metrics={"test/acc": seed / 10})
+        names.append(run.id)
+    assert names[1] in call("show", "last").output and json.loads(call("show", "--json").output)["id"] == names[1]
+    assert "seed" in call("compare", *names).output
+    assert call("compare", *names, "--html", str(tmp_path / "page.html")).exit_code == 0
+    assert "<svg" in (tmp_path / "page.html").read_text() and json.loads(call("compare", "--json", *names).output)
+    assert call("compare", names[0]).exit_code == 2
+    key = "".join(random.Random(0).choices(string.ascii_letters + string.digits, k=36))
+    (tmp_path / "key.txt").write_text("token = " + "ghp_" + key)
+    done = call("scan", str(tmp_path / "key.txt"))
+    assert done.exit_code == 1 and key not in done.output and "1 found in 1 files" in done.output
+    assert call("scan", str(tmp_path / "page.html")).exit_code == 0

@@ -1,7 +1,9 @@
 """Recipes, the optimizer, and fits that are broken off, repeated, resumed."""
 
+import dataclasses
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from project.train.fit import (
     predict,
 )
 from project.train.module import RuleOptimizer, lr_schedule, make_optimizer
+from project.train.recipe import check_train
 
 TINY = {"model": "cnn-xs", "epochs": 2, "batch_size": 50}
 CPU = {"accelerator": "cpu", "precision": "fp32"}
@@ -64,6 +67,11 @@ def test_every_recipe_is_valid_and_starts(task):
         ({"label_smoothing": 1}, "label_smoothing"),
         ({"weight_decay": -1}, "weight_decay"),
         ({"tta": 1}, "tta"),
+        ({"small": 7}, "small: expected 0 .off. or an edge of at least 8 pixels, got 7"),
+        ({"small": -1}, "small"),
+        ({"small": 20.0}, "small"),
+        ({"small_share": 1.5}, "small_share"),
+        ({"lr": 10**400}, "lr"),
         ({"learning_rate": 1}, "a field of the recipe"),
     ],
 )
@@ -80,10 +88,61 @@ def test_unknown_tasks_and_recipes():
 
 
 @pytest.mark.parametrize(
+    ("values", "messages"),
+    [
+        ({}, []),
+        ({"task": "fashion_mnist", "recipe": "best", "epochs": 0.5, "wandb": "offline", "devices": 2}, []),
+        ({"task": "fashion-mnist", "lr": 0}, ["task: .*Did you mean 'fashion_mnist'", "lr: expected a number above 0"]),
+        ({"recipe": "bset"}, ["recipe: .*Did you mean 'best'"]),
+        ({"epochs": 1.5, "batch_size": 0, "model": "cnn-xl"}, ["model", "epochs: expected a whole", "batch_size"]),
+        ({"epochs": math.nan, "lr": math.inf}, ["epochs: .*nan", "lr: .*inf"]),
+        ({"seed": -1, "devices": 0, "limit_batches": -5}, ["seed", "limit_batches", "devices"]),
+        ({"precision": "fp8", "accelerator": "tpu"}, ["precision", "accelerator"]),
+        ({"profile": "full", "wandb": "onlin"}, ["profile", "wandb: .*Did you mean 'online'"]),
+        ({"early_stopping": 2, "train_on": "train+val"}, ["early_stopping: expected 0 where train_on is 'train.val'"]),
+        ({"early_stopping": 2}, []),
+        ({"weight_decay": 0.1}, ["weight_decay: expected 0 with the optimizer muon"]),
+        ({"weight_decay": 0.1, "recipe": "plain"}, []),
+        ({"weight_decay": 0.1, "optimizer": "sgd"}, []),
+        ({"weight_decay": 0.0}, []),
+        ({"devices": 3}, ["batch_size: expected a multiple of 3, the number of devices, got 250"]),
+        ({"devices": 3, "batch_size": 300}, []),
+        ({"devices": 2, "accelerator": "mps"}, ["devices: expected 1 with the accelerator mps"]),
+    ],
+)
+def test_everything_that_is_wrong_is_said_at_once(values, messages):
+    found = check_train(values)
+    assert len(found) == len(messages), found
+    for text, message in zip(found, messages, strict=True):
+        assert re.match(message, text) and "\n" not in text
+
+
+ODD = [None, True, 5, -1.5, math.nan, 10**5000, "", "x", b"x", [], [1], {}, {"a": 1}, (), object(), float]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda v: type(v).__name__)
+def test_odd_values_are_no_reason_to_raise(odd):
+    names = ["task", "recipe", "seed", "devices", "early_stopping", "precision", "wandb", "source", "unknown"]
+    names += [field.name for field in dataclasses.fields(Recipe)]
+    for name in names:
+        assert all(isinstance(text, str) for text in check_train({name: odd}))
+    assert isinstance(check_train(dict.fromkeys(names, odd)), list)
+
+
+def test_what_is_refused_is_what_the_recipe_refuses():
+    for values in ({"lr": -1.0}, {"epochs": 1.5}, {"model": "cnn"}, {"small": 3}, {"label_smoothing": 1.0}):
+        with pytest.raises(ValueError) as error:
+            Recipe(**values)
+        assert check_train(values) == [str(error.value)]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"devices": "two"}, "devices"),
-        ({"devices": 2}, "not shared out"),
+        ({"devices": 0}, "devices"),
+        ({"checkpoint_every": -1}, "checkpoint_every"),
+        ({"checkpoint_every": True}, "checkpoint_every"),
         ({"devices": True}, "devices"),
         ({"accelerator": "tpu"}, "accelerator: expected one of"),
         ({"precision": "16"}, "precision: expected one of"),
@@ -175,9 +234,28 @@ def test_part_of_an_epoch(data, tmp_path):
     assert len(result.losses) == round(0.5 * len(data.splits["train"]) / 50)
 
 
+def test_small_images_early_on(data, tmp_path):
+    recipe = Recipe(**TINY, small=20, small_share=0.5)
+    train, val = make_loaders(recipe, data)
+    assert train.small_batches == len(train) and val.small == 0
+    assert [train.batch(e, 0)[0].shape[-1] for e in (0, 1)] == [20, 28] and val.batch(0, 0)[0].shape[-1] == 28
+    result = fit(recipe, data, tmp_path / "a", limit_batches=2, **CPU)
+    assert np.isfinite(result.losses).all() and len(result.losses) == 4
+    for off in ({"small": 20}, {"small_share": 0.5}):
+        assert make_loaders(Recipe(**TINY, **off), data)[0].batch(0, 0)[0].shape[-1] == 28
+    with pytest.raises(ValueError, match="small: 8 pixels are too few for cnn-m: .*at least 10 pixels"):
+        fit(Recipe(model="cnn-m", small=8, small_share=0.5), data, tmp_path / "b", **CPU)
+    with pytest.raises(ValueError, match="small: expected at most 28, the edge of the images, got 40"):
+        fit(Recipe(**TINY, small=40, small_share=0.5), data, tmp_path / "b", **CPU)
+    assert not (tmp_path / "b").exists()
+
+
 def test_early_stopping(data, tmp_path):
     recipe = Recipe(**TINY | {"epochs": 50, "lr": 1e-9})
-    assert len(fit(recipe, data, tmp_path, early_stopping=2, limit_batches=1, **CPU).history) < 10
+    result = fit(recipe, data, tmp_path, early_stopping=2, limit_batches=1, **CPU)
+    assert len(result.history) < 10
+    step = torch.load(result.last_ckpt, weights_only=True)["global_step"]
+    assert step == len(result.history), "last.ckpt is of the last epoch, whichever was the best"
 
 
 @pytest.mark.parametrize("profile", ["simple", "pytorch"])

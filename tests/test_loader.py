@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from project.data.loader import Batches, augment_batch, cutout_batch, flip_batch, shift_batch
+from project.data.loader import Batches, augment_batch, cutout_batch, flip_batch, resize_batch, shift_batch
 
 
 def arrays(n=10, shape=(4, 4)):
@@ -24,6 +24,9 @@ def labels_of(batches):
         ({"shift": -1}, "shift: expected a whole number of at least 0"),
         ({"cutout": -1}, "cutout"),
         ({"limit": -1}, "limit"),
+        ({"small": -1}, "small"),
+        ({"small": 5}, "small: expected at most 4, the edge of the images, got 5"),
+        ({"small_batches": 1.5}, "small_batches: expected a whole number"),
         ({"seed": -1}, "seed"),
         ({"flip": "always"}, "flip: expected one of none, random, alternate"),
         ({"rows": np.array([0, 10])}, "rows: expected numbers from 0 to 9, got 0 to 10"),
@@ -145,3 +148,32 @@ def test_shift_is_a_crop_of_the_padded_image():
     padded = torch.nn.functional.pad(x.float(), (2, 2, 2, 2), mode="replicate").to(torch.uint8)
     for image, (down, right), full in zip(shift_batch(x, by), by.tolist(), padded, strict=True):
         assert torch.equal(image, full[:, 2 - down : 7 - down, 2 - right : 7 - right])
+
+
+def test_resized_images_keep_kind_proportions_and_brightness():
+    x = torch.randint(0, 256, (3, 3, 12, 18), dtype=torch.uint8)
+    small = resize_batch(x, 9)
+    assert small.shape == (3, 3, 6, 9) and small.dtype == torch.uint8
+    assert abs(small.float().mean() - x.float().mean()) < 3
+    assert torch.equal(resize_batch(x, 18), x)
+    for value in (0, 255):  # rounding and the filter's edges go over neither end
+        assert (resize_batch(torch.full((1, 1, 9, 9), value, dtype=torch.uint8), 4) == value).all()
+
+
+def test_small_images_are_a_matter_of_position():
+    options = {"batch_size": 3, "shuffle": True, "flip": "random", "shift": 1, "small": 3, "small_batches": 5}
+    batches = Batches(*arrays(), **options)
+    sizes = [x.shape[-1] for _ in range(2) for x, _ in batches]
+    assert sizes == [3] * 5 + [4] * 3
+    resumed = Batches(*arrays(), **options)
+    resumed.load_state_dict({"epoch": 1, "position": 0})
+    x, y = next(iter(resumed))
+    assert torch.equal(x, batches.batch(1, 0)[0]) and torch.equal(y, batches.batch(1, 0)[1]) and x.shape[-1] == 3
+
+
+def test_a_part_is_augmented_as_in_the_whole():
+    x = torch.randint(0, 256, (9, 1, 6, 6), dtype=torch.uint8)
+    whole = augment_batch(x, (1, 2, 3), True, 2, 3)
+    for first, last in ((0, 4), (4, 5), (5, 9), (9, 9)):
+        part = augment_batch(x[first:last], (1, 2, 3), True, 2, 3, first=first, whole=9)
+        assert torch.equal(part, whole[first:last])

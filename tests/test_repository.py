@@ -20,7 +20,7 @@ from pytest_notebooks import ROOT
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
 LIBRARY = [path for path in NOTEBOOKS if path.name[0].isdigit()]
-RUNS = [path for path in NOTEBOOKS if not path.name[0].isdigit() and path.name != "index.ipynb"]
+RUNS = [path for path in NOTEBOOKS if not path.name[0].isdigit() and path.name not in ("index.ipynb", "tutorial.ipynb")]
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = SETTINGS["DEFAULT"]

@@ -1,5 +1,7 @@
-"""W&B: offline for real, and a server that is not there."""
+"""W&B: offline for real, online with a stand-in for the server, and a server that is not there."""
 
+import base64
+import json
 import struct
 import subprocess
 import sys
@@ -7,9 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb
+from wandb_server import WandbServer
 
+from project.data.store import build
 from project.runs.record import list_runs, start_run
-from project.train.tracking import choose_mode, finish_wandb, wandb_logger
+from project.train.fit import Recipe, fit
+from project.train.tracking import _PATIENCE, choose_mode, finish_wandb, upload_artifacts, wandb_logger
 
 
 @pytest.fixture
@@ -94,3 +100,101 @@ raise RuntimeError('boom')
     assert record["status"] == "failed"
     ends = [r.exit.exit_code for r in records(record["path"]) if r.HasField("exit")]
     assert ends and ends[-1] != 0
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server that keeps what it is sent; W&B in this process is told of it, and forgets it afterwards."""
+    wandb.teardown()  # it reads its environment once a process
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+        wandb.teardown()
+    assert server.failures == []
+
+
+def leave_files(run):
+    """What a training leaves in its folder."""
+    (run.path / "bundle").mkdir()
+    (run.path / "bundle" / "model.onnx").write_bytes(bytes(range(256)) * 40)
+    (run.path / "bundle" / "manifest.json").write_text('{"task": "t"}', encoding="utf-8")
+    (run.path / "notebook.ipynb").write_text('{"cells": []}', encoding="utf-8")
+
+
+def test_online_everything_arrives(run, server, tmp_path):
+    logger = wandb_logger(run, verbose=False)
+    told = run.record["wandb"]
+    assert told["mode"] == "online" and told["url"].startswith(server.url)
+    recipe = Recipe(model="cnn-xs", epochs=2, batch_size=50)
+    where = {"accelerator": "cpu", "precision": "fp32"}
+    result = fit(recipe, build("fashion_mnist"), tmp_path / "fit", loggers=[logger], limit_batches=3, **where)
+    leave_files(run)
+    finish_wandb(run, logger, {"test/acc": 0.91})
+    (name,) = server.runs
+    config, code = server.config(name), run.record["code"]
+    assert name == told["id"] and server.runs[name]["project"] == "fashion_mnist"
+    assert server.runs[name]["displayName"] == run.id and server.runs[name]["jobType"] == "train"
+    expected = {"lr": 0.1, "run_id": run.id, "task": "fashion_mnist", "notebook": "nbs/train.ipynb", "data_hash": "abc"}
+    assert expected.items() <= config.items()
+    assert config["commit"] == code["commit"] and config["dirty"] == code["dirty"]
+    rows = [row for row in server.rows[name] if "val/acc" in row]
+    for row, mine in zip(rows, result.history, strict=True):
+        assert row["val/acc"] == pytest.approx(mine["val/acc"]) and row["trainer/global_step"] == mine["step"] - 1
+    assert server.runs[name]["summary"]["test/acc"] == 0.91 and server.ends[name] == 0
+    assert server.keys - {None} == {"Basic " + base64.b64encode(b"api:" + b"0123456789" * 4).decode()}
+    artifacts = {a["artifactCollectionName"]: a for a in server.artifacts.values()}
+    kinds = {name: (a["artifactTypeName"], a["state"]) for name, a in artifacts.items()}
+    assert kinds == {
+        "fashion_mnist-bundle": ("model", "COMMITTED"),
+        "fashion_mnist-notebook": ("notebook", "COMMITTED"),
+    }
+    for artifact in artifacts.values():
+        files = {k: v for k, v in artifact["files"].items() if k != "wandb_manifest.json"}
+        folder = run.path if "notebook.ipynb" in files else run.path / "bundle"
+        assert files == {k: (folder / k).read_bytes() for k in files}
+        assert json.loads(artifact["metadata"]) == {"run_id": run.id}
+    assert sorted(artifacts["fashion_mnist-bundle"]["files"]) == ["manifest.json", "model.onnx", "wandb_manifest.json"]
+    assert set(server.unknown) <= {"OrganizationCoreWeaveOrganizationID", "ServerFeaturesQuery"}
+
+
+def test_under_papermill_the_artifacts_wait_for_the_notebook(run, server, monkeypatch):
+    monkeypatch.setattr("project.train.tracking.leave_note", lambda *_: True)
+    logger = wandb_logger(run, verbose=False)
+    leave_files(run)
+    finish_wandb(run, logger)
+    assert server.artifacts == {} and list(server.ends.values()) == [0]
+    assert upload_artifacts(run.path) == ["bundle", "notebook"] and len(server.artifacts) == 2
+
+
+def test_artifacts_that_are_refused_leave_the_run_a_success(run, server, capsys):
+    server.ArtifactType = lambda **_: {}  # an answer that wandb cannot read
+    logger = wandb_logger(run, verbose=False)
+    leave_files(run)
+    finish_wandb(run, logger)
+    said = capsys.readouterr().out
+    assert "bundle and notebook not uploaded" in said and "they are in" in said
+    assert list(server.ends.values()) == [0] and server.artifacts == {}
+    server.runs.clear()  # and now the run itself is gone
+    assert upload_artifacts(run.path) == [] and "not uploaded" in capsys.readouterr().out
+
+
+def test_a_server_that_refuses_the_run(run, server, capsys):
+    server.refused.add("UpsertBucket")
+    logger = wandb_logger(run, verbose=False)
+    finish_wandb(run, logger)
+    assert "offline after all" in capsys.readouterr().out and run.record["wandb"]["mode"] == "offline"
+
+
+def test_a_server_that_goes_away_is_not_waited_for(run, server, monkeypatch, capsys):
+    monkeypatch.setitem(_PATIENCE, "run", 3.0)
+    logger = wandb_logger(run, verbose=False)
+    logger.log_metrics({"val/acc": 0.93}, step=3)
+    server.refused.add("everything")
+    started = time.monotonic()
+    finish_wandb(run, logger, {"test/acc": 0.91})
+    assert time.monotonic() - started < 20
+    assert "not all was sent in time" in capsys.readouterr().out and server.artifacts == {}
+    assert list(run.path.glob("wandb/run-*/*.wandb")), "what `wandb sync` sends later"

@@ -10,10 +10,12 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'orthogonalize', 'RuleOptimizer', 'make_op
 import contextlib
 import logging
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -202,20 +204,49 @@ def probabilities(
     p = net(x).float().softmax(1)
     return (p + net(x.flip(3)).float().softmax(1)) / 2 if tta else p
 
+# %% ../../nbs/40_train.module.ipynb #3c612be4
+def _chance() -> dict[str, Any]:  # only what `torch.load(weights_only=True)` takes
+    "Where the global generators of Python, NumPy and torch stand."
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
+
+
+def _restore_chance(
+    state: dict[str, Any],  # from `_chance`
+) -> None:
+    "Let the global generators go on where they stood."
+    kind, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
 # %% ../../nbs/40_train.module.ipynb #83bdf4fb
 class _Losses(pl.LightningModule):
-    "Keeps the loss of every step."
+    "Keeps the loss of every step, and chance."
 
     def __init__(
         self,
         steps: int,  # of the whole run
     ):
         super().__init__()
-        self.steps = steps
+        self.steps, self.gathered = steps, 0
         self.losses = torch.full((steps,), math.nan)  # what is still to come is NaN
+        self._found: dict[str, Any] = {}  # chance, from a checkpoint
 
     def on_fit_start(self) -> None:
         self.losses = self.losses.to(self.device)
+
+    def on_train_start(self) -> None:
+        if self._found:
+            _restore_chance(self._found)
 
     def mean_loss(
         self,
@@ -225,15 +256,63 @@ class _Losses(pl.LightningModule):
         "The mean training loss over some steps."
         return self.losses[max(first, 0) : last].mean().item()
 
+    def gather_losses(self) -> None:
+        "Put the mean over all processes in the place of this one's own losses; every process calls it."
+        done = self.trainer.global_step
+        if self.trainer.world_size > 1 and self.gathered < done:
+            own = self.losses[self.gathered : done].clone()
+            self.losses[self.gathered : done] = self.trainer.strategy.reduce(own, reduce_op="mean")
+        self.gathered = done
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["losses"] = self.losses[: self.trainer.global_step].cpu()
+        self.gather_losses()
+        checkpoint |= {"losses": self.losses[: self.trainer.global_step].cpu(), "chance": _chance()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         done = checkpoint["losses"][: self.steps]
-        self.losses[: len(done)] = done
+        self.losses[: len(done)], self.gathered = done, len(done)
+        self._found = checkpoint.get("chance", {})
 
 # %% ../../nbs/40_train.module.ipynb #98bed2c7
-class Classifier(_Losses):
+class _Judged(_Losses):
+    "Validates, and logs what an epoch gave."
+
+    net: nn.Module
+    model_step: Callable[[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]
+
+    def share_statistics(self) -> None:
+        "Give batch normalisation the mean of what all processes have seen; every process calls it."
+        if self.trainer.world_size > 1:
+            for layer in self.net.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    for seen in filter(torch.is_tensor, (layer.running_mean, layer.running_var)):
+                        seen.copy_(self.trainer.strategy.reduce(seen.clone(), reduce_op="mean"))
+
+    def on_train_epoch_end(self) -> None:
+        self.share_statistics()
+        self.gather_losses()
+        done = self.trainer.global_step
+        self._log({"train/loss": self.mean_loss(done - int(self.trainer.num_training_batches), done)})
+
+    def on_validation_epoch_start(self) -> None:
+        self.share_statistics()
+        self._sums = torch.zeros(3, device=self.device)  # loss, right answers, examples
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        p, y = self.model_step(batch), batch[1]
+        loss = F.nll_loss(p.clamp_min(1e-12).log(), y, reduction="sum")
+        self._sums += torch.stack([loss, (p.argmax(1) == y).sum(), torch.full_like(loss, len(y))])
+
+    def on_validation_epoch_end(self) -> None:
+        loss, right, n = self.trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        self._log({"val/loss": loss / n, "val/acc": right / n})
+
+    def _log(self, values: dict[str, float]) -> None:
+        "Log what is the same in every process; Lightning wants to hear that it is."
+        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+
+# %% ../../nbs/40_train.module.ipynb #a1bee34c
+class Classifier(_Judged):
     "Trains a network that turns images into logits."
 
     def __init__(
@@ -264,22 +343,6 @@ class Classifier(_Losses):
         self.losses[self.trainer.global_step] = loss.detach()
         return loss
 
-    def on_train_epoch_end(self) -> None:
-        done = self.trainer.global_step
-        self.log("train/loss", self.mean_loss(done - int(self.trainer.num_training_batches), done))
-
-    def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(3, device=self.device)  # loss, right answers, examples
-
-    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        p, y = self.model_step(batch), batch[1]
-        loss = F.nll_loss(p.clamp_min(1e-12).log(), y, reduction="sum")
-        self._sums += torch.stack([loss, (p.argmax(1) == y).sum(), torch.full_like(loss, len(y))])
-
-    def on_validation_epoch_end(self) -> None:
-        loss, right, n = self._sums.tolist()
-        self.log_dict({"val/loss": loss / n, "val/acc": right / n})
-
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.net)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
@@ -288,13 +351,16 @@ class Classifier(_Losses):
 # %% ../../nbs/40_train.module.ipynb #24371b1c
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    "Without Lightning's greeting, and without the one deprecation in it that nobody here can mend."
-    log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.WARNING)
+    "Without Lightning's greetings, and without the one deprecation in it that nobody here can mend."
+    names = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.distributed")
+    logs = [logging.getLogger(name) for name in names]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated", FutureWarning)
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

@@ -7,6 +7,7 @@ __all__ = ['MODES', 'choose_mode', 'wandb_config', 'wandb_logger', 'finish_wandb
 
 # %% ../../nbs/44_train.tracking.ipynb #9fed895c
 import atexit
+import contextlib
 import os
 import socket
 import urllib.parse
@@ -18,9 +19,10 @@ from typing import Any, cast
 from ..core import nearest, read_json, show_path
 from ..runs.engine import leave_note
 from ..runs.record import Run
+from .recipe import WANDB_MODES
 
 # %% ../../nbs/44_train.tracking.ipynb #822b5369
-MODES = ("auto", "online", "offline", "disabled")
+MODES = WANDB_MODES
 
 
 def _reachable(
@@ -89,9 +91,36 @@ def _finish_open(
     import wandb
 
     if wandb.run is not None and wandb.run is experiment:
-        wandb.run.finish(exit_code=1)
+        with contextlib.suppress(TimeoutError):
+            wandb.run.finish(exit_code=1)
 
 # %% ../../nbs/44_train.tracking.ipynb #3cf2c62d
+_PATIENCE = {"run": 60.0, "artifacts": 600.0}  # seconds to wait, at the end, for what is still to be sent
+
+
+def _start(
+    mode: str,  # "online" or "offline"
+    sends: str = "run",  # or "artifacts": what it is for
+    **fields: Any,  # what `wandb.init` is told
+) -> Any:  # a W&B run
+    "Start a W&B run that prints nothing and is not waited for; offline where online fails."
+    import wandb
+
+    waits: dict[str, Any] = {
+        "init_timeout": 15,
+        "finish_timeout": _PATIENCE[sends],
+        "finish_timeout_raises": True,  # by itself W&B waits for ever
+    }
+    try:
+        settings = wandb.Settings(console="off", silent=True, **waits)
+        return wandb.init(**fields, mode=cast(Any, mode), settings=settings)
+    except Exception as e:  # it answered, and then did not do: the run goes on, and says so
+        if mode == "offline" or sends == "artifacts":
+            raise
+        print(f"W&B: offline after all ({type(e).__name__}: {str(e).splitlines()[0]})")
+        return _start("offline", **fields)
+
+# %% ../../nbs/44_train.tracking.ipynb #350b2335
 def wandb_logger(
     run: Run,  # the open run to log
     mode: str = "auto",  # see `choose_mode`
@@ -104,31 +133,15 @@ def wandb_logger(
         print(f"W&B: {chosen} ({why})")
     if chosen == "disabled":
         return None
-    import wandb
     from pytorch_lightning.loggers import WandbLogger
 
-    settings: dict[str, Any] = {"console": "off", "silent": True, "init_timeout": 15}
-    fields: dict[str, Any] = {
-        "project": project or os.environ.get("WANDB_PROJECT") or run.record["task"],
-        "name": run.id,
-        "dir": str(run.path),
-        "config": wandb_config(run),
-        "job_type": Path(run.record["notebook"]).stem or None,
-    }
-    try:
-        experiment = wandb.init(**fields, mode=cast(Any, chosen), settings=wandb.Settings(**settings))
-    except wandb.errors.Error as e:  # it answered, and then did not do: the run goes on, and says so
-        print(f"W&B: offline after all ({type(e).__name__}: {str(e).splitlines()[0]})")
-        experiment = wandb.init(**fields, mode="offline", settings=wandb.Settings(**settings))
+    project = project or os.environ.get("WANDB_PROJECT") or run.record["task"]
+    kind = Path(run.record["notebook"]).stem or None
+    own: dict[str, Any] = {"name": run.id, "dir": str(run.path), "config": wandb_config(run), "job_type": kind}
+    experiment = _start(chosen, project=project, **own)
     atexit.register(_finish_open, experiment)
-    run.update(
-        wandb={
-            "id": experiment.id,
-            "project": fields["project"],
-            "mode": "offline" if experiment.offline else "online",
-            "url": None if experiment.offline else experiment.url,
-        }
-    )
+    where = {"mode": "offline", "url": None} if experiment.offline else {"mode": "online", "url": experiment.url}
+    run.update(wandb={"id": experiment.id, "project": project, **where})
     return WandbLogger(experiment=experiment, log_model=False)
 
 # %% ../../nbs/44_train.tracking.ipynb #35cdaeac
@@ -143,39 +156,49 @@ def finish_wandb(
     experiment = logger.experiment
     experiment.summary.update(dict(metrics or {}))
     offline = experiment.offline
-    experiment.finish()
+    try:
+        experiment.finish()
+    except TimeoutError:
+        print(f"W&B: not all was sent in time; the rest is in {show_path(run.path / 'wandb')}, `wandb sync` sends it")
+        return
     if not offline and not leave_note(run.path, "project.train.tracking:upload_artifacts"):
         upload_artifacts(run.path)
 
 # %% ../../nbs/44_train.tracking.ipynb #183b9d90
+def _log_artifacts(
+    record: Mapping[str, Any],  # run.json
+    folder: Path,  # the run's folder
+    found: Mapping[str, Path],  # what to upload, by name
+) -> Exception | None:  # what went wrong
+    "Add files and folders to a W&B run that has ended well, and end it well again, whatever becomes of them."
+    import wandb
+
+    own, wrong = record["wandb"], None
+    fields = {"id": own["id"], "project": own["project"], "resume": "must", "dir": str(folder)}
+    with _start("online", "artifacts", **fields) as experiment:
+        try:
+            for name, path in found.items():
+                kind = "model" if name == "bundle" else name
+                artifact = wandb.Artifact(f"{record['task']}-{name}", kind, metadata={"run_id": record["id"]})
+                (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
+                experiment.log_artifact(artifact)
+        except Exception as e:
+            wrong = e
+    return wrong
+
+# %% ../../nbs/44_train.tracking.ipynb #56904bfe
 def upload_artifacts(
     folder: str | Path,  # a run's folder
 ) -> list[str]:  # what was uploaded
     "Add bundle and executed notebook to an online W&B run; the folder keeps both, so a failure is said, not raised."
-    import wandb
-
-    record = read_json(Path(folder) / "run.json")
-    found = {
-        name: p
-        for name, p in (("bundle", Path(folder) / "bundle"), ("notebook", Path(folder) / "notebook.ipynb"))
-        if p.exists()
-    }
+    folder = Path(folder)
+    places = {"bundle": folder / "bundle", "notebook": folder / "notebook.ipynb"}
+    found = {name: path for name, path in places.items() if path.exists()}
     try:
-        with wandb.init(
-            id=record["wandb"]["id"],
-            project=record["wandb"]["project"],
-            resume="must",
-            dir=str(folder),
-            mode="online",
-            settings=wandb.Settings(console="off", silent=True, init_timeout=15),
-        ) as experiment:
-            for name, path in found.items():
-                artifact = wandb.Artifact(
-                    f"{record['task']}-{name}", "model" if name == "bundle" else name, metadata={"run_id": record["id"]}
-                )
-                (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
-                experiment.log_artifact(artifact)
-    except wandb.errors.Error as e:
-        print(f"W&B: {' and '.join(found)} not uploaded ({type(e).__name__}: {e}); they are in {show_path(folder)}")
-        return []
-    return list(found)
+        wrong = _log_artifacts(read_json(folder / "run.json"), folder, found)
+    except Exception as e:
+        wrong = e
+    if wrong:
+        text = f"{type(wrong).__name__}: {wrong}"
+        print(f"W&B: {' and '.join(found)} not uploaded ({text}); they are in {show_path(folder)}")
+    return [] if wrong else list(found)
