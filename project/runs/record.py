@@ -417,11 +417,14 @@ def latest_bundle(
 # %% ../../nbs/16_runs.record.ipynb #2214606f
 def _varying(
     records: list[dict[str, Any]],  # of some runs
-) -> list[str]:  # names of parameters
-    "The parameters in which runs differ, among those that any of them sets."
-    names = dict.fromkeys(k for r in records for k in r["parameters"])
-    seen = {n: {json.dumps(r["parameters"].get(n), sort_keys=True) for r in records} for n in names}
-    return [n for n in names if len(seen[n]) > 1 and n not in ("task", "resume")]
+) -> dict[str, list[str]]:  # notebook -> names of parameters
+    "The parameters in which the runs of a notebook differ."
+    found = {}
+    for notebook in {r.get("notebook", "") for r in records}:
+        asked = [r["parameters"] for r in records if r.get("notebook", "") == notebook]
+        names = dict.fromkeys(k for a in asked for k in a if k not in ("task", "resume"))
+        found[notebook] = [n for n in names if len({json.dumps(a.get(n), sort_keys=True) for a in asked}) > 1]
+    return found
 
 
 def run_table(
@@ -432,7 +435,8 @@ def run_table(
     rows, names = [], _varying(records)
     for r in records:
         code, value = r.get("code") or {}, r["metrics"].get(metric)
-        set_ = {n: r["parameters"][n] for n in names if r["parameters"].get(n) not in (None, "")}
+        own = names[r.get("notebook", "")]
+        set_ = {n: r["parameters"][n] for n in own if r["parameters"].get(n) not in (None, "")}
         rows.append(
             {
                 "run": r["id"],
