@@ -29,7 +29,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as e:
-            if os.environ.get("PROJECT_DEBUG"):
+            if os.environ.get("PROJECT_DEBUG") or isinstance(e, BrokenPipeError):  # `| head` has seen enough
                 raise
             raise click.ClickException(str(e)) from e
 
