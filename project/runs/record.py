@@ -290,7 +290,8 @@ def _new_run(task: str, folder: Path, fields: Mapping[str, Any]) -> Run:
     began = _now()
     record = {"schema": SCHEMA, "id": run_id, "task": task, "status": "running", "reason": "", "started": began}
     record |= {"ended": None, "seconds": None, **fields, "metrics": {}, "paths": {}}
-    record |= {"process": process_mark(), "sittings": [{"started": began}]}
+    # ids tell runs apart, not which of one second came first
+    record |= {"opened_ns": time.time_ns(), "process": process_mark(), "sittings": [{"started": began}]}
     run = Run(path, json.loads(json.dumps(record)))
     _take(run)
     run.save()
@@ -378,7 +379,7 @@ def list_runs(
         record["path"] = file.parent
         if (not task or record.get("task") == task) and (not status or record["status"] == status):
             found.append(record)
-    return found
+    return sorted(found, key=lambda r: (r["id"][:15], r.get("opened_ns", 0)))
 
 # %% ../../nbs/16_runs.record.ipynb #f318fdf4
 def find_run(
