@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
-EXTRAS = ("serve", "cloud", "sweep", "frontend", "docs", "dev")
+EXTRAS = ("serve", "cloud", "sweep", "kaggle", "pretrained", "frontend", "docs", "dev")
 
 config = ConfigParser(delimiters=["="])
 config.read(HERE / "settings.ini", encoding="utf-8")
@@ -19,7 +19,8 @@ def requirements(key: str) -> list[str]:
 
 
 extras = {name: requirements(f"{name}_requirements") for name in EXTRAS}
-extras["dev"] += extras["serve"] + extras["docs"]  # tests run everything that runs on one machine
+# tests run all that runs on one machine
+extras["dev"] += extras["serve"] + extras["docs"] + extras["kaggle"] + extras["pretrained"]
 extras["all"] = sorted({line for lines in extras.values() for line in lines})
 
 setup(

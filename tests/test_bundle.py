@@ -14,12 +14,15 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from project.bundle import manifest as m
 from project.bundle.manifest import (
     FORMAT,
     BundleError,
+    bundle_tokenizer,
     check_images,
+    check_texts,
     onnx_session,
     open_bundle,
     run_bundle,
@@ -148,6 +151,7 @@ BAD_FIELDS = [
     ({"classes": "ab"}, "classes: expected a list"),
     ({"classes": ["a", "b", "c"]}, "found 2 probabilities and 3 names"),
     ({"metrics": [1]}, "metrics: expected"),
+    ({"calibration": 1.5}, "calibration: expected"),
     ({"temperature": 0}, "temperature: expected a number above 0, found 0"),
     ({"temperature": True}, "temperature"),
     ({"temperature": float("inf")}, "temperature"),
@@ -170,11 +174,6 @@ def test_bad_fields_refused_at_both_ends(folder, change, message):
     edit(folder, lambda found: found | change)
     with pytest.raises(BundleError, match=message):
         open_bundle(folder)
-
-
-def test_text_bundles_have_another_input(folder):
-    tokens = {"name": "tokens", "dtype": "int64", "layout": "NT", "shape": [None, 128]}
-    assert write_manifest(folder, **fields(kind="text", input=tokens)).kind == "text"
 
 
 def test_a_file_is_added_later(folder):
@@ -514,13 +513,354 @@ def test_shown_as_a_table(folder):
         "toy, 1,234 parameters",
         "images uint8 NHW (N, 4, 4)",
         "test/accuracy",
-        "5 images",
+        "5 rows",
         "| **run** | r1 |",
     ):
         assert text in table
     assert repr(bundle) == f"Bundle(brightness: 20 classes, toy, {m.human_bytes(402 + 108)}, {bundle.hash[:8]})"
     assert (bundle.run, bundle.metrics, bundle.weights.name) == ("r1", {"test/accuracy": 0.5}, "weights.safetensors")
     assert hash(bundle) == hash(write_manifest(folder, **fields()))  # by path; equality looks at the manifest too
+
+
+# --- texts
+
+POINTS = {
+    "[PAD]": (0, 0),
+    "[UNK]": (0, 0),
+    "bad": (2, 0),
+    "worse": (3, 0),
+    "good": (0, 2),
+    "[CLS]": (0, 0),
+    "[SEP]": (0, 1),
+}
+
+
+def reader(table=None, average=False):
+    """A model that adds up the points of each word, or forgets the rows."""
+    value, tensor = helper.make_tensor_value_info, helper.make_tensor
+    table = np.array([*POINTS.values()] if table is None else table, np.float32)
+    chain = [
+        helper.make_node("Gather", ["points", "ids"], ["each"]),
+        helper.make_node("ReduceSum", ["each", "axis"], ["embedding"], keepdims=int(average)),
+        helper.make_node("Softmax", ["embedding"], ["probabilities"], axis=1),
+    ]
+    graph = helper.make_graph(
+        chain,
+        "reader",
+        [value("ids", TensorProto.INT64, ["batch", "length"])],
+        [value(name, TensorProto.FLOAT, None) for name in ("probabilities", "embedding")],
+        [
+            tensor("points", TensorProto.FLOAT, table.shape, table),
+            tensor("axis", TensorProto.INT64, [1], [0 if average else 1]),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+
+
+def tokenizer(marks=False):
+    """Words to ids; with marks at both ends if asked for."""
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(POINTS)}, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["[PAD]"])
+    if marks:
+        pairs = [(mark, made.token_to_id(mark)) for mark in ("[CLS]", "[SEP]")]
+        made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=pairs)
+    return made
+
+
+def text_fields(max_length=6, **changes):
+    """A manifest's fields for the reader."""
+    spec = {"name": "ids", "dtype": "int64", "layout": "NL", "shape": [None, None], "max_length": max_length}
+    outputs = {name: {"dtype": "float32", "shape": [None, 2]} for name in ("probabilities", "embedding")}
+    more = {"fields": ["title", "text"], "vocabulary": len(POINTS)}
+    return fields(task="news", kind="text", classes=["fake", "real"], input=spec | more, outputs=outputs) | changes
+
+
+def text_bundle(path, model=None, content=None, **about):
+    """A text bundle of given parts."""
+    path.mkdir(exist_ok=True)
+    (path / "model.onnx").write_bytes(reader() if model is None else model)
+    (path / "tokenizer.json").write_bytes(tokenizer().to_str().encode() if content is None else content)
+    write_manifest(path, **text_fields(**about))
+    return open_bundle(path)
+
+
+@pytest.fixture
+def news(tmp_path):
+    """A small text bundle."""
+    return text_bundle(tmp_path / "news")
+
+
+def points(text, length=6):
+    """What the reader's embedding of a text is, worked out by hand."""
+    found = [POINTS.get(word, (0, 0)) for word in text.lower().split()[:length] if word != "[pad]"]
+    return np.sum(found, 0) if found else np.zeros(2)
+
+
+BAD_TEXT_INPUTS = [
+    ({"dtype": "int32"}, "input: expected dtype, layout and shape"),
+    ({"layout": "NT"}, "input: expected dtype, layout and shape"),
+    ({"shape": [None, 128]}, "input: expected dtype, layout and shape"),
+    ({"shape": None}, "input: expected dtype, layout and shape"),
+    ({"max_length": 0}, "expected max_length, a whole number of 1 or more, found 0"),
+    ({"max_length": None}, "max_length"),
+    ({"max_length": True}, "max_length"),
+    ({"max_length": 1.5}, "max_length"),
+    ({"vocabulary": 1}, "expected vocabulary, a whole number of 2 or more, found 1"),
+    ({"vocabulary": "many"}, "vocabulary"),
+    ({"fields": "title"}, "expected fields, a list of names"),
+    ({"fields": ["title", "title"]}, "each once"),
+    ({"fields": ["title", 3]}, "expected fields, a list of names"),
+    ({"name": ""}, "input: expected name"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_TEXT_INPUTS)
+def test_bad_text_inputs_refused_at_both_ends(news, change, message):
+    spec = text_fields()["input"] | change
+    with pytest.raises(BundleError, match=message):
+        write_manifest(news.path, **text_fields(input=spec))
+    edit(news.path, lambda found: found | {"input": spec})
+    with pytest.raises(BundleError, match=message):
+        open_bundle(news.path)
+
+
+def test_images_that_claim_to_be_texts_and_the_other_way_round(folder, news):
+    for path, kind in ((folder, "text"), (news.path, "image")):
+        edit(path, lambda found, kind=kind: found | {"kind": kind})
+        with pytest.raises(BundleError, match="input: expected"):
+            open_bundle(path)
+    spec = text_fields()["input"] | {"name": "images", "vocabulary": len(POINTS)}
+    liar = text_bundle(folder.with_name("liar"), toy().SerializeToString(), input=spec, outputs=fields()["outputs"])
+    with pytest.raises(BundleError, match=r"onnxruntime cannot run it on a batch of 1 x 1: .*uint8"):
+        run_bundle(liar, ["good"])
+
+
+def test_texts_need_their_tokenizer(news):
+    (news.path / "tokenizer.json").unlink()
+    with pytest.raises(BundleError, match=r"tokenizer\.json: expected in the folder"):
+        open_bundle(news.path)
+    with pytest.raises(BundleError, match=r"expected tokenizer\.json in the folder, found model\.onnx"):
+        write_manifest(news.path, **text_fields())
+    edit(news.path, lambda found: found["files"].pop("tokenizer.json") and None)
+    with pytest.raises(BundleError, match=r"expected files with model\.onnx and tokenizer\.json among them"):
+        open_bundle(news.path, verify=False)
+
+
+def test_texts_come_back_in_the_order_given(news):
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices([*POINTS, "else", ""], k=rng.randint(0, 12))) for _ in range(300)]
+    session, made = onnx_session(news, threads=1), bundle_tokenizer(news)
+    probabilities, embedding = run_bundle(news, texts, session=session, tokenizer=made)
+    assert probabilities.dtype == embedding.dtype == np.float32
+    np.testing.assert_array_equal(embedding, [points(text) for text in texts])
+    for size in (1, 2, 7, 1000):
+        np.testing.assert_array_equal(run_bundle(news, texts, size, session, made)[0], probabilities)
+    assert [a.shape for a in run_bundle(news, [])] == [(0, 2), (0, 2)]
+
+
+def test_texts_as_rows_of_fields(news):
+    from project.data.readers import Texts
+
+    rows = [("Bad", "good\ngood"), ("", "worse"), ("  ", ""), ("good", " ")]
+    texts = Texts.from_rows(rows, ("title", "text"))
+    dicts = [{"text": text, "title": title} for title, text in rows]
+    assert check_texts(news, texts) == check_texts(news, dicts) == check_texts(news, tuple(texts.joined()))
+    np.testing.assert_array_equal(run_bundle(news, texts)[0], run_bundle(news, dicts)[0])
+    np.testing.assert_array_equal(run_bundle(news, texts)[1], [(2, 4), (3, 0), (0, 0), (0, 2)])
+    with pytest.raises(BundleError, match="expected texts of title, text, found text, title"):
+        run_bundle(news, Texts.from_rows(rows, ("text", "title")))
+
+
+def test_ids_in_batches():
+    rng = np.random.default_rng(0)
+    for size in (1, 3, 64):
+        rows = [rng.integers(1, 9, n) for n in rng.integers(1, 900, 100)]
+        seen, longest = [], 0
+        for which, ids in m._id_batches(rows, size):
+            assert ids.dtype == np.int64 and len(ids) == len(which) <= size
+            assert ids.shape[1] == max(len(rows[i]) for i in which) >= longest
+            assert ids.size <= m._IDS
+            for i, line in zip(which, ids, strict=True):
+                assert line[: len(rows[i])].tolist() == rows[i].tolist() and not line[len(rows[i]) :].any()
+            seen, longest = [*seen, *which], ids.shape[1]
+        assert sorted(seen) == list(range(100))
+    assert [len(which) for which, _ in m._id_batches([np.ones(m._IDS + 1, np.int64)] * 2, 8)] == [1, 1]
+
+
+def test_marks_survive_the_cut(tmp_path):
+    bundle = text_bundle(tmp_path / "b", content=tokenizer(marks=True).to_str().encode(), max_length=4)
+    found = bundle_tokenizer(bundle).encode_batch(["good bad good bad", "", "good"])
+    assert [e.ids for e in found] == [[5, 4, 2, 6], [5, 6], [5, 4, 6]]
+    with pytest.raises(BundleError, match="expected max_length above 2, .* found 2"):
+        bundle_tokenizer(text_bundle(tmp_path / "b", content=tokenizer(marks=True).to_str().encode(), max_length=2))
+
+
+def test_settings_for_training_are_not_taken_over(tmp_path):
+    made = tokenizer()
+    made.enable_padding(length=50)
+    made.enable_truncation(1)
+    bundle = text_bundle(tmp_path / "b", content=made.to_str().encode())
+    np.testing.assert_array_equal(run_bundle(bundle, ["good good bad", "good"])[1], [(2, 4), (0, 2)])
+
+
+def test_texts_of_nothing_are_one_unknown_word(tmp_path):
+    table = [*POINTS.values()]
+    table[0], table[1] = (100, 100), (7, 7)
+    made = tokenizer()
+    made.normalizer = normalizers.Strip()  # capitals stay: the word [PAD] is in the vocabulary
+    bundle = text_bundle(tmp_path / "b", reader(table), made.to_str().encode())
+    np.testing.assert_array_equal(run_bundle(bundle, ["", " \n", "[PAD]", "[PAD] [PAD]"], 1)[1], [(7, 7)] * 4)
+
+
+def test_marks_that_somebody_types_are_text(tmp_path):
+    made = tokenizer(marks=True)
+    made.add_special_tokens(["[CLS]", "[SEP]"])
+    bundle = text_bundle(tmp_path / "b", content=made.to_str().encode())
+    assert bundle_tokenizer(bundle).encode("good [SEP] bad").ids == [5, 4, 1, 2, 6]
+
+
+def test_ids_are_those_of_training(tmp_path):
+    from project.data.tokens import encode, read_tokenizer, train_tokenizer
+
+    texts = ["Good “news” (Reuters) - said so", "", "worse [SEP] news\n" * 9, "Ünïcode ﬁt 漢字", "[PAD]"]
+    for made in (train_tokenizer(texts, least=1), read_tokenizer(tokenizer(marks=True).to_str().encode())):
+        spec = text_fields()["input"] | {"vocabulary": m._vocabulary(made)}
+        bundle = text_bundle(tmp_path / "b", content=made.to_str().encode(), input=spec)
+        expected = encode(made, texts, max_length=6)
+        assert [e.ids for e in bundle_tokenizer(bundle).encode_batch_fast(texts)] == [r.tolist() for r in expected]
+
+
+WRONG_TEXTS = [
+    ("good", r"found str\. One text is a list of one"),
+    ({"title": "a", "text": "b"}, r"found dict\. One text"),
+    (np.zeros((2, 4, 4), np.uint8), r"found ndarray\. .* images go to"),
+    (np.array(["good"]), r"\.tolist\(\)"),
+    (None, "expected a list of texts, found NoneType"),
+    (iter(["good"]), "expected a list of texts, found list_iterator"),
+    ([b"good"], "row 0: expected a text or a dict, found bytes"),
+    (["good", None], "row 1: expected a text or a dict, found NoneType"),
+    ([float("nan")], "row 0: expected a text or a dict, found float"),
+    (["a", "\ud800"], "row 1: expected text, found half of a character"),
+    ([{"title": "a"}], "row 0: expected the fields title, text, .* found {title: str}"),
+    ([{"title": "a", "text": None}], "found {title: str, text: NoneType}"),
+    ([{"title": "a", "text": "b", "subject": "c"}], "expected the fields title, text"),
+    ([{}], "expected the fields title, text, .* found {}"),
+    ([["good"]], "row 0: expected a text or a dict, found list"),
+]
+
+
+@pytest.mark.parametrize(("texts", "message"), WRONG_TEXTS)
+def test_wrong_texts(news, texts, message):
+    with pytest.raises(BundleError, match=message):
+        run_bundle(news, texts)
+
+
+def test_a_bundle_without_fields_takes_strings(tmp_path):
+    spec = text_fields()["input"]
+    del spec["fields"], spec["vocabulary"]
+    bundle = text_bundle(tmp_path / "b", input=spec)
+    assert run_bundle(bundle, ["good"])[0].argmax() == 1
+    with pytest.raises(BundleError, match="row 0: expected a text, found {title: str}"):
+        run_bundle(bundle, [{"title": "good"}])
+
+
+def test_texts_for_images_and_images_for_texts(folder, news):
+    images = open_bundle(folder)
+    for wrong in ("good", ["good"], None):
+        with pytest.raises(BundleError, match="expected images of dtype uint8 .* texts go to"):
+            run_bundle(images, wrong)
+    for check in (
+        lambda: check_texts(images, ["good"]),
+        lambda: bundle_tokenizer(images),
+        lambda: check_images(news, np.zeros((1, 4, 4), np.uint8)),
+    ):
+        with pytest.raises(BundleError, match="expected (images|texts), which this bundle was made for, found"):
+            check()
+
+
+def broken_template():
+    """A tokenizer whose parts do not fit: its template names a mark that is not there. The library panics over it."""
+    made = json.loads(tokenizer(marks=True).to_str())
+    made["post_processor"]["special_tokens"].pop("[SEP]")
+    return json.dumps(made).encode()
+
+
+def without_unknown():
+    """A tokenizer that cannot read a word it does not know."""
+    made = json.loads(tokenizer().to_str())
+    made["model"]["unk_token"] = "[NONE]"
+    return json.dumps(made).encode()
+
+
+BAD_TOKENIZERS = [
+    (b"", "it cannot be used"),
+    (b"not JSON", "it cannot be used"),
+    (b"{}", "it cannot be used"),
+    (b"\xff\xfe", "it cannot be used"),
+    (b"[" * 100_000, "it cannot be used"),
+    (tokenizer().to_str().encode()[:-9], "it cannot be used"),
+    (
+        b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {}, "unk_token": "u"}}',
+        "it cannot be used: .*padding",
+    ),
+    (broken_template(), "it cannot be used"),
+    (without_unknown(), "it cannot be used: .*Missing"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_TOKENIZERS)
+def test_tokenizers_that_are_none(tmp_path, content, message):
+    bundle = text_bundle(tmp_path / "b", content=content)
+    with pytest.raises(BundleError, match=rf"tokenizer\.json: .*{message}"):
+        run_bundle(bundle, ["good"])
+
+
+def test_tokenizer_too_large(news, monkeypatch):
+    monkeypatch.setattr(m, "_TOKENIZER_LIMIT", 100)
+    with pytest.raises(BundleError, match=r"tokenizer\.json: expected 100 B at most, found"):
+        run_bundle(news, ["good"])
+
+
+def test_tokenizer_that_vanished(news):
+    news.tokenizer.unlink()
+    with pytest.raises(BundleError, match=r"tokenizer\.json: .*No such file"):
+        run_bundle(news, ["good"])
+
+
+def test_tokenizer_of_another_model(tmp_path):
+    bundle = text_bundle(tmp_path / "b", reader([*POINTS.values()][:4]))  # the manifest lies about the graph
+    assert run_bundle(bundle, ["bad worse"])[0].argmax() == 0
+    with pytest.raises(BundleError, match=r"model\.onnx: onnxruntime cannot run it on a batch of 1 x 2: .*out of"):
+        run_bundle(bundle, ["bad good"])
+    other = tokenizer()
+    other.add_tokens(["more"])
+    with pytest.raises(BundleError, match="expected 7 ids, as the model has, found 8"):
+        run_bundle(text_bundle(tmp_path / "b", content=other.to_str().encode()), ["good"])
+
+
+def test_model_that_forgets_rows(tmp_path):
+    bundle = text_bundle(tmp_path / "b", reader(average=True))
+    with pytest.raises(BundleError, match=r"expected one answer a row, shape \(3, 2\), found shape"):
+        run_bundle(bundle, ["good", "bad", "worse"])
+
+
+def test_a_keyboard_interrupt_stays_one():
+    with pytest.raises(KeyboardInterrupt), m._in_words("x"):
+        raise KeyboardInterrupt
+
+
+def test_texts_shown_as_a_table(news):
+    bundle = write_manifest(news.path, **text_fields(temperature=1.5, calibration={"ece": 0.0123456, "rows": 400}))
+    table = bundle._repr_markdown_()
+    for row in (
+        "| **input** | ids int64 NL (N, L) |",
+        "| **reads** | title, text; up to 6 ids of a row |",
+        "| **temperature** | 1.5 |",
+        "| **calibration ece** | 0.01235 |",
+        "| **tokenizer.json** |",
+    ):
+        assert row in table
 
 
 # --- all or nothing
@@ -589,4 +929,5 @@ with staged(sys.argv[1]) as new:
 def test_import_is_light():
     code = "import sys, project.bundle.manifest; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "numpy", "onnx", "onnxruntime", "pandas", "lightning", "pytorch_lightning"} & set(loaded)
+    heavy = {"torch", "numpy", "onnx", "onnxruntime", "pandas", "lightning", "pytorch_lightning"}
+    assert not (heavy | {"tokenizers", "transformers"}) & set(loaded)

@@ -7,6 +7,7 @@ import string
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -34,9 +35,40 @@ def test_no_runs_says_how_to_make_one(call):
 def test_data_is_built_and_shown(call):
     done = call("data", "build")
     assert done.exit_code == 0, done.output
+    assert "0 rows left out" in done.output
     shown = call("data", "show")
     assert "Sneaker" in shown.output and "train" in shown.output
     assert json.loads(call("data", "show", "--json").output)["task"] == "fashion_mnist"
+
+
+def test_what_is_left_out_is_counted_by_reason(call, tmp_path):
+    from PIL import Image
+
+    for i in range(60):
+        part, face = ("train", "test")[i % 5 == 0], ("angry", "happy")[i % 2]
+        (tmp_path / "faces" / part / face).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (48, 48), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "faces" / part / face / f"{i}.png")
+    (tmp_path / "faces" / "train" / "angry" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
+    (tmp_path / "faces" / "train" / "happy" / "y.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off too")
+    done = call("data", "build", "face_emotion", "--source", str(tmp_path / "faces"))
+    assert done.exit_code == 0, done.output
+    assert "2 rows left out; `project data show face_emotion --json` lists them" in done.output
+    counted = [line.split()[0] for line in done.output.splitlines() if line.startswith("  ")]
+    assert sum(map(int, counted)) == 2
+    manifest = json.loads(call("data", "show", "face_emotion", "--json").output)
+    assert sorted(r["file"] for r in manifest["rejects"]) == ["train/angry/x.png", "train/happy/y.png"]
+
+
+def test_texts_are_built_and_shown(call, tmp_path):
+    lines = [
+        f"{'officials say plan' if i % 2 else 'you wont believe'} {i * 7919 % 1000} {i},{i % 2}" for i in range(200)
+    ]
+    (tmp_path / "real_and_fake_news.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    done = call("data", "build", "fake_titles", "--source", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    rows = [line.split() for line in call("data", "show", "fake_titles").output.splitlines()[1:]]
+    assert rows[0] == ["split", "rows", "fake", "real"] and {"train", "val", "test"} <= {row[0] for row in rows}
 
 
 @pytest.mark.parametrize(

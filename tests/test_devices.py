@@ -119,12 +119,12 @@ def test_steps_are_those_of_one_device(devices, optimizer, data, tmp_path, monke
     torch.manual_seed(0)
     start = Plain().state_dict()
 
-    def init(*_):
+    def init(*_, **__):
         net = Plain()
         net.load_state_dict(start)
         return net
 
-    monkeypatch.setattr("project.train.fit.init_net", init)
+    monkeypatch.setattr("project.train.prepare.init_net", init)
     recipe = Recipe(epochs=2, batch_size=48, optimizer=optimizer, lr=0.01, flip="random", shift=1, tta=False)
     one = fit(recipe, data, tmp_path / "one", **CPU)
     many = fit(recipe, data, tmp_path / "many", devices=devices, **CPU)

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 
 from project.bundle import export as ex
 from project.bundle.export import ExportError, export_bundle, load_weights
-from project.bundle.manifest import BundleError, onnx_session, open_bundle, run_bundle
+from project.bundle.manifest import BundleError, bundle_tokenizer, onnx_session, open_bundle, run_bundle
 
 CLASSES = ["a", "b", "c"]
 
@@ -244,10 +246,10 @@ class Shy(Net):
 BROKEN = [
     (Dice, "batch of 60: the exported model does not answer as the network does"),
     (Mixing, "batch of 1: the exported model does not answer"),
-    (TwoRows, r"batch of 60: expected one answer an image, found shapes \(2, 3\)"),
-    (FixedBatch, "torch could not export FixedBatch|batch of 60: onnxruntime cannot run"),
+    (TwoRows, r"batch of 60: .*expected one answer a row, shape \(60, 3\), found shape \(2, 3\)"),
+    (FixedBatch, "torch could not export FixedBatch|batch of 60: .*onnxruntime cannot run"),
     (Branching, "torch could not export Branching"),
-    (Secretive, r"at image \d+, where torch says class \d with"),
+    (Secretive, r"at row \d+, where torch says class \d with"),
     (Shy, "the embedding differs by"),
 ]
 
@@ -300,7 +302,7 @@ def test_differences_are_numbers():
     off = expected.copy()
     off[2] = 0.8, 0.2
     with pytest.raises(
-        ExportError, match=r"0 of 3 images; probabilities differ by up to 0\.1 \(allowed 0\.0001\), at image 2"
+        ExportError, match=r"0 of 3 rows; probabilities differ by up to 0\.1 \(allowed 0\.0001\), at row 2"
     ):
         ex._differences(expected, off, 1e-4, "x")
     with pytest.raises(
@@ -322,6 +324,8 @@ BAD_REQUESTS = [
     ({"temperature": float("nan")}, "temperature"),
     ({"net": nn.Linear(2, 2)}, "expected a network with embed"),
     ({"task": ""}, "task: expected a name"),
+    ({"images": None}, "expected images, or tokens"),
+    ({"tokens": [[1, 2]]}, "found both or neither"),
     ({"extra_files": ["no-such-file.json"]}, r"no-such-file\.json: expected a file"),
 ]
 
@@ -335,10 +339,281 @@ def test_bad_requests(net, grey, tmp_path, monkeypatch, change, message):
     assert list(tmp_path.iterdir()) == []
 
 
+# --- texts
+
+SENTENCES = [
+    "the vote will be held on monday",
+    "shocking: you will not believe this vote",
+    "no",
+    "the committee said that the minister said that the vote will be held on monday or on tuesday",
+    "believe this",
+    "a minister resigned",
+]
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer trained on the sentences, that marks both ends."""
+    made = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    made.train_from_iterator(SENTENCES, trainers.WordLevelTrainer(special_tokens=marks, show_progress=False))
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokens(words):
+    """The sentences as rows of ids."""
+    return [np.array(e.ids, np.int32) for e in words.encode_batch(SENTENCES)]
+
+
+class Bag(nn.Module):
+    """The mean of a text's words; id 0 is padding."""
+
+    def __init__(self, vocabulary, classes=2):
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, 8, padding_idx=0)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, classes)
+        with torch.no_grad():
+            self.head.weight.mul_(9)
+
+    def embed(self, ids):
+        return self.drop(self.words(ids).sum(1) / (ids != 0).sum(1, keepdim=True).clamp(min=1))
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+
+class Attention(Bag):
+    """As transformers do it: positions up to a limit, attention that leaves padding out, the first mark's answer."""
+
+    def __init__(self, vocabulary, limit):
+        super().__init__(vocabulary)
+        self.places = nn.Embedding(limit, 8)
+        self.three = nn.Linear(8, 24)
+
+    def embed(self, ids):
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        mask = torch.zeros_like(x[..., 0]).masked_fill(ids == 0, float("-inf"))[:, None, None]
+        q, k, v = self.three(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        return x[:, 0]
+
+
+@pytest.fixture(scope="module")
+def bag(words):
+    """A network that reads the words."""
+    torch.manual_seed(0)
+    return Bag(words.get_vocab_size())
+
+
+@pytest.fixture(scope="module")
+def request_texts(words, tokens):
+    """What every export of texts has to say."""
+    about = {"task": "news", "classes": ["fake", "real"], "fields": ["title", "text"]}
+    return about | {"tokens": tokens, "tokenizer": words, "max_length": 12}
+
+
+def torch_reads(net, rows, temperature=1.0, length=12):
+    """Probabilities of rows of ids, each alone, written down a second time."""
+    net = copy.deepcopy(net).eval()
+    with torch.no_grad():
+        alone = [net(torch.tensor(np.asarray(row)[None, :length].astype(np.int64))) for row in rows]
+    return torch.softmax(torch.cat(alone) / temperature, 1).numpy()
+
+
+@pytest.fixture(scope="module")
+def read(bag, request_texts, tmp_path_factory):
+    """One exported text bundle, for the tests that only look at it."""
+    place = tmp_path_factory.mktemp("read") / "bundle"
+    return export_bundle(bag, place, **request_texts, temperature=0.5, calibration={"ece": 0.01})
+
+
+def cut(row, length=12):
+    """A row as the bundle's tokenizer cuts it: the mark at the end stays."""
+    return row if len(row) <= length else np.append(row[: length - 1], row[-1])
+
+
+def test_texts_are_answered_as_torch_answers(read, bag, tokens):
+    bundle = open_bundle(read.path)
+    session, tokenizer = onnx_session(bundle, threads=1), bundle_tokenizer(bundle)
+    expected = torch_reads(bag, [cut(row) for row in tokens], 0.5)
+    assert np.abs(expected - torch_reads(bag, [cut(row) for row in tokens], 1.0)).max() > 0.01
+    for size in (1, 2, 7):
+        found, embedding = run_bundle(bundle, SENTENCES, size, session, tokenizer)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert embedding.shape == (6, 8)
+    rows = [{"title": "no", "text": ""}, {"title": "the vote", "text": "will be held on monday"}]
+    as_dicts, as_texts = (
+        run_bundle(bundle, x, session=session)[0] for x in (rows, ["no", "the vote\nwill be held on monday"])
+    )
+    np.testing.assert_array_equal(as_dicts, as_texts)
+    assert np.isfinite(run_bundle(bundle, ["", "x " * 1000], session=session)[0]).all()
+
+
+def test_text_manifest(read, words):
+    found = read.manifest
+    ids = {"name": "ids", "dtype": "int64", "layout": "NL", "shape": [None, None], "max_length": 12}
+    assert found["input"] == ids | {"vocabulary": words.get_vocab_size(), "fields": ["title", "text"]}
+    assert (found["kind"], found["tta"], found["temperature"]) == ("text", "none", 0.5)
+    assert found["calibration"] == {"ece": 0.01}
+    assert set(found["files"]) == {"model.onnx", "weights.safetensors", "tokenizer.json"}
+    parity = found["parity"]
+    assert parity["rows"] == 6 and 0 <= parity["largest_difference_by_padding"] <= 1e-5
+    assert 0 <= parity["largest_difference"] <= parity["tolerance"] == 1e-4
+    (ids,) = onnx_session(read).get_inputs()
+    assert (ids.name, ids.type, ids.shape) == ("ids", "tensor(int64)", ["batch", "length"])
+
+
+def test_same_texts_same_bytes(read, bag, request_texts, words, tmp_path):
+    set_for_training = Tokenizer.from_str(words.to_str())
+    set_for_training.enable_truncation(3)
+    set_for_training.enable_padding(length=9)
+    some = request_texts | {"tokens": request_texts["tokens"][:2], "tokenizer": set_for_training}
+    again = export_bundle(bag, tmp_path / "again", **some, temperature=0.5)
+    assert again.manifest["files"] == read.manifest["files"]
+    assert set_for_training.truncation and set_for_training.padding  # the given one is left as it was
+
+
+def test_tokens_of_the_library(words, tokens):
+    class Flat:
+        ids, offsets = np.concatenate(tokens), np.cumsum([0, *map(len, tokens)])
+
+        def __len__(self):
+            return len(self.offsets) - 1
+
+        def __getitem__(self, i):
+            return self.ids[self.offsets[i] : self.offsets[i + 1]]
+
+    given = ex._given_ids(Flat(), words, 12, [])
+    assert [row.tolist() for row in given.rows] == [row[:12].tolist() for row in tokens]
+    assert all(row.dtype == np.int64 for row in given.rows)
+
+
+def test_positions_up_to_a_limit(words, request_texts, tokens, tmp_path):
+    torch.manual_seed(0)
+    net = Attention(words.get_vocab_size(), 12)
+    bundle = export_bundle(net, tmp_path / "b", **request_texts)
+    found = run_bundle(bundle, SENTENCES, session=onnx_session(bundle, threads=1))[0]
+    np.testing.assert_allclose(found, torch_reads(net, [cut(row) for row in tokens]), atol=1e-5)
+    with pytest.raises(ExportError, match="found that it fails on a row of 13 ids: IndexError"):
+        export_bundle(net, tmp_path / "c", **request_texts | {"max_length": 13, "tokens": tokens[:3]})
+
+
+class Diluted(Bag):
+    """A mean over the padding as well."""
+
+    def embed(self, ids):
+        return self.words(ids).mean(1)
+
+
+class Gossip(Bag):
+    """Rows that hear each other."""
+
+    def embed(self, ids):
+        e = super().embed(ids)
+        return e - e.mean(0)
+
+
+class Hollow(Bag):
+    """A mean that leaves the mark at the beginning out, and has nothing left of a row of one."""
+
+    def embed(self, ids):
+        return self.words(ids)[:, 1:].mean(1)
+
+
+class FixedLength(Bag):
+    """A shape that holds a length."""
+
+    def embed(self, ids):
+        if torch.compiler.is_exporting():
+            ids = nn.functional.pad(ids, (0, 12))[:, :6]
+        return super().embed(ids)
+
+
+BROKEN_READERS = [
+    (Diluted, r"row 0: the network answers otherwise when a longer row stands beside it: .*\n.*padding"),
+    (Gossip, "row 0: the network answers otherwise when a longer row"),
+    (Hollow, "expected finite answers to rows cut to 1, found NaN"),
+]
+
+
+@pytest.mark.parametrize(("kind", "message"), BROKEN_READERS, ids=lambda v: getattr(v, "__name__", ""))
+def test_networks_that_cannot_read(kind, message, words, request_texts, tmp_path, monkeypatch):
+    monkeypatch.delattr(ex, "_to_onnx")  # refused before the exporter runs
+    torch.manual_seed(0)
+    with pytest.raises(ExportError, match=message):
+        export_bundle(kind(words.get_vocab_size()), tmp_path / "b", **request_texts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exported_length_that_is_fixed(words, request_texts, tmp_path):
+    torch.manual_seed(0)
+    with pytest.raises(ExportError, match="exported model (does not answer|answers otherwise)"):
+        export_bundle(FixedLength(words.get_vocab_size()), tmp_path / "b", **request_texts)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Wrapped:
+    """As transformers gives its tokenizers."""
+
+
+BAD_TEXT_REQUESTS = [
+    ({"tta": "flip"}, "expected 'none' for texts, found 'flip'. A text has no mirror image"),
+    ({"tokenizer": None}, "expected the tokenizers.Tokenizer that made the ids, found NoneType"),
+    ({"tokenizer": Wrapped()}, r"found Wrapped\. .*backend_tokenizer"),
+    ({"max_length": 0}, "max_length: expected how many ids"),
+    ({"max_length": None}, "max_length: expected how many ids"),
+    ({"tokens": []}, "expected real rows of ids .* found none"),
+    ({"tokens": "text"}, "expected real rows of ids .* found none"),
+    ({"tokens": SENTENCES}, "row 0: expected ids of this tokenizer"),
+    ({"tokens": [[4, 5], [0.5]]}, "row 1: expected ids of this tokenizer, whole numbers"),
+    ({"tokens": [[4], [-1]]}, "row 1: expected ids of this tokenizer"),
+    ({"tokens": [[4], [9999]]}, r"row 1: .* from 0 to \d+, found int64 of shape \(1,\), \[9999\]"),
+    ({"tokens": [[[4, 5]]]}, r"row 0: .* of shape \(1, 2\)"),
+    ({"images": np.zeros((1, 4, 4), np.uint8)}, "found both or neither"),
+    ({"fields": ["title", "title"]}, "expected fields, a list of names, each once"),
+    ({"classes": ["a", "b", "c"]}, "found 3 names and 2 outputs"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_TEXT_REQUESTS)
+def test_bad_text_requests(bag, request_texts, tmp_path, monkeypatch, change, message):
+    monkeypatch.delattr(ex, "_to_onnx")  # refused before the exporter runs
+    with pytest.raises(BundleError, match=message):
+        export_bundle(bag, tmp_path / "b", **request_texts | change)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokenizer_with_more_words_than_the_network(words, request_texts, tmp_path, monkeypatch):
+    monkeypatch.delattr(ex, "_to_onnx")
+    small = Bag(words.get_vocab_size() - 1)
+    last = words.get_vocab_size() - 1
+    some = [row for row in request_texts["tokens"] if last not in row]
+    with pytest.raises(ExportError, match=f"found that it fails on the highest id, {last}: IndexError"):
+        export_bundle(small, tmp_path / "b", **request_texts | {"tokens": some})
+
+
+def test_the_tokenizers_name_is_taken(bag, request_texts, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(BundleError, match=r"tokenizer\.json: expected a name of its own"):
+        export_bundle(bag, tmp_path / "b", **request_texts, extra_files=[tmp_path / "tokenizer.json"])
+
+
 # --- all or nothing
 
 
-def test_what_is_there_stays(made, net, grey, monkeypatch):
+@pytest.fixture
+def same_graph(made, monkeypatch):
+    """Exporting the same network again gives the same graph: not waited for where folders are the subject."""
+    monkeypatch.setattr(ex, "_to_onnx", lambda *args: onnx.load(made.onnx))
+
+
+def test_what_is_there_stays(made, same_graph, net, grey, monkeypatch):
     arguments = {"net": net, "path": made.path, "task": "t", "classes": CLASSES, "images": grey}
     with pytest.raises(BundleError, match="expected a new place"):
         export_bundle(**arguments)
@@ -353,7 +628,7 @@ def test_what_is_there_stays(made, net, grey, monkeypatch):
     assert [p.name for p in made.path.parent.iterdir()] == ["bundle"]
 
 
-def test_replace_and_extra_files(net, grey, tmp_path):
+def test_replace_and_extra_files(same_graph, net, grey, tmp_path):
     card = tmp_path / "card.json"
     card.write_text("{}", encoding="utf-8")
     arguments = {"net": net, "path": tmp_path / "b", "task": "t", "classes": CLASSES, "images": grey[:8]}

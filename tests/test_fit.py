@@ -94,7 +94,7 @@ def test_unknown_tasks_and_recipes():
         ({"task": "fashion_mnist", "recipe": "best", "epochs": 0.5, "wandb": "offline", "devices": 2}, []),
         ({"task": "fashion-mnist", "lr": 0}, ["task: .*Did you mean 'fashion_mnist'", "lr: expected a number above 0"]),
         ({"recipe": "bset"}, ["recipe: .*Did you mean 'best'"]),
-        ({"epochs": 1.5, "batch_size": 0, "model": "cnn-xl"}, ["model", "epochs: expected a whole", "batch_size"]),
+        ({"epochs": 1.5, "batch_size": 0, "model": "cnn-xxl"}, ["model", "epochs: expected a whole", "batch_size"]),
         ({"epochs": math.nan, "lr": math.inf}, ["epochs: .*nan", "lr: .*inf"]),
         ({"seed": -1, "devices": 0, "limit_batches": -5}, ["seed", "limit_batches", "devices"]),
         ({"precision": "fp8", "accelerator": "tpu"}, ["precision", "accelerator"]),
@@ -165,7 +165,7 @@ def test_a_device_that_is_not_there(data, tmp_path):
 
 def test_data_that_does_not_fit(data, tmp_path):
     words = Data(data.path, data.manifest | {"kind": "text"}, data.images, data.labels, data.splits)
-    with pytest.raises(ValueError, match="expected a task of images"):
+    with pytest.raises(ValueError, match="model: expected one for texts"):
         fit(Recipe(**TINY), words, tmp_path)
     two = Data(data.path, data.manifest | {"classes": ["a", "b"]}, data.images, data.labels, data.splits)
     with pytest.raises(ValueError, match="expected labels below 2"):

@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import gzip
 import http.server
+import io
+import json
 import os
 import shutil
 import socket
@@ -12,11 +14,24 @@ import struct
 import subprocess
 import sys
 import threading
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from project.data.sources import Published, PublishedFile, SourceError, find, locked, published, read_content, read_idx
+from project.data.sources import (
+    Published,
+    PublishedFile,
+    SourceError,
+    _from_kaggle,
+    _NotHere,
+    find,
+    locked,
+    published,
+    read_content,
+    read_idx,
+)
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -336,3 +351,146 @@ def test_the_sample_is_small_and_says_whose_it_is(sample):
     assert "Zalando SE" in (sample / "LICENSE").read_text(encoding="utf-8")
     assert "20170828" in (sample / "README.md").read_text(encoding="utf-8")
     assert [f.name for f in published("fashion_mnist").files] == list(NAMES)
+
+
+# ---- Kaggle
+
+ARTICLES = {
+    "News/Fake.csv": "title,text,subject,date\nA,a,b,c\nB,b,b,c\n",
+    "News/True.csv": "title,text,subject,date\nC,c,b,c\nD,d,b,c\n",
+}
+
+
+@contextlib.contextmanager
+def kaggle(monkeypatch, answer):
+    """A stand-in for Kaggle, to which the real kagglehub talks; `answer(request, name)` gives status, type, content."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            """Keep the error stream clean."""
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(self.path.rpartition("/")[2])
+            status, kind, content = answer(asked[-1], body.get("datasetSlug") or body.get("competitionName"))
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")  # http://localhost, reached through this "proxy"
+    monkeypatch.setenv("HOME", os.environ["PROJECT_CACHE"])  # nobody's credentials
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        yield asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def zipped(files):
+    """The bytes of an archive."""
+    with zipfile.ZipFile(content := io.BytesIO(), "w") as z:
+        for name, text in files.items():
+            z.writestr(name, text)
+    return content.getvalue()
+
+
+def test_kaggle_gives_a_data_set_and_the_cache_keeps_it(monkeypatch):
+    pytest.importorskip("kagglehub")
+
+    def answer(request, name):
+        if request == "GetDataset":
+            return 200, "application/json", b'{"currentVersionNumber": 1}'
+        return 200, "application/zip", zipped(ARTICLES)
+
+    with kaggle(monkeypatch, answer) as asked:
+        found = find("fake_news", source="", places=("cache", "kaggle"))
+        assert found.origin == "Kaggle" and not found.published and asked == ["GetDataset", "DownloadDataset"]
+        assert read_content(found.files["True.csv"]).decode() == ARTICLES["News/True.csv"]
+    again = find("fake_news", source="", places=("cache", "kaggle"))  # nobody answers any more
+    assert again.origin == "the cache of earlier downloads" and again.sha256 == found.sha256
+
+
+def test_kaggle_says_why_not(monkeypatch):
+    pytest.importorskip("kagglehub")
+
+    def answer(request, name):
+        if name == "fer2013":
+            return 403, "application/json", b'{"code": 403, "message": "Permission denied"}'
+        return 404, "application/json", b'{"code": 404, "message": "Not found"}'
+
+    with kaggle(monkeypatch, answer), pytest.raises(SourceError) as told:
+        find("face_emotion", source="", places=("kaggle",))
+    assert "msambare/fer2013: Kaggle wants to know who asks: make a token" in str(told.value)
+    assert "samithsachidanandan/human-face-emotions: there is nothing of that name" in str(told.value)
+    assert "Put fer2013.zip or class folders of images into a folder and set PROJECT_SOURCE to it." in str(told.value)
+    with kaggle(monkeypatch, answer), pytest.raises(SourceError) as told:
+        find("dog_breeds", source="", places=("kaggle",))
+    assert "accept the conditions at https://www.kaggle.com/competitions/dog-breed-identification" in str(told.value)
+
+    def other(request, name):
+        if request == "GetDataset":
+            return 200, "application/json", b'{"currentVersionNumber": 1}'
+        return 200, "application/zip", zipped({"readme.txt": "nothing here"})
+
+    with kaggle(monkeypatch, other), pytest.raises(SourceError, match="expected Fake.csv, True.csv, found other files"):
+        find("fake_news", source="", places=("kaggle",))
+
+
+def test_kaggle_without_a_network_or_without_an_answer(monkeypatch):
+    pytest.importorskip("kagglehub")
+    with kaggle(monkeypatch, None):
+        pass  # the address stays set, and nobody listens there
+    with pytest.raises(SourceError, match=r"fer2013: Kaggle does not answer; is there a network") as told:
+        find("face_emotion", source="", places=("kaggle",))
+    assert "human-face-emotions" not in str(told.value)  # it would not answer either
+    silent = threading.Event()
+    with kaggle(monkeypatch, lambda *_: (200, "text/plain", b"" if silent.wait(30) else b"")):
+        started = time.monotonic()
+        with pytest.raises(_NotHere, match="took more than 2 s"):
+            _from_kaggle(published("fake_news"), stall=2)
+        silent.set()
+        assert time.monotonic() - started < 20
+
+
+def test_without_kagglehub_there_is_a_line_to_type(monkeypatch):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
+    monkeypatch.delitem(sys.modules, "kagglehub", raising=False)
+    with pytest.raises(SourceError, match=r"msambare/fer2013, is not installed: pip install 'project\[kaggle\]'"):
+        find("face_emotion", source="", places=("kaggle",))
+    with pytest.raises(SourceError, match="Kaggle: it is not there"):
+        find(dataclasses.replace(published("fashion_mnist"), package=""), source="", places=("kaggle",))
+
+
+# ---- layouts at an address
+
+
+def test_named_url_of_tables_and_of_an_archive(tmp_path):
+    for name, text in ARTICLES.items():
+        path = tmp_path / "fake_news" / f"{Path(name).name}.gz"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress(text.encode()))
+    other = "dataset,title,text,label\nCelebrity,E,e,fake\n"
+    (tmp_path / "fake_news" / "ood_articles.csv").write_text(other, encoding="utf-8")
+    (tmp_path / "fake_titles").mkdir()
+    (tmp_path / "fake_titles" / "WELFake_Dataset.csv").write_text("title,label\nA,1\n", encoding="utf-8")
+    (tmp_path / "fer2013.zip").write_bytes(zipped({"train/a/1.jpg": "x"}))
+    with serving(tmp_path) as (address, _):
+        for task in ("fake_news", "fake_titles", "face_emotion"):
+            assert find(task, source=address).sha256 == find(task, source=tmp_path).sha256
+        assert set(find("fake_titles", source=address).files) == {"titles.csv", "ood_articles.csv"}
+        (tmp_path / "fake_news" / "True.csv.gz").unlink()
+        with pytest.raises(SourceError, match=r"expected Fake.csv, True.csv, found only Fake.csv. Add what is missing"):
+            find("fake_news", source=address)

@@ -1,5 +1,6 @@
 """What a build leaves behind when it is killed, raced, starved or given nonsense; and that it always makes the same."""
 
+import csv
 import hashlib
 import json
 import os
@@ -12,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from project.core import read_json, write_json
+from project.data.cleaning import near_texts
+from project.data.readers import Texts
 from project.data.sources import SourceError, find, read_content, read_idx
 from project.data.store import DataError, build, open_data
 from project.data.tasks import stratified_split
@@ -125,7 +129,7 @@ def test_the_split_shares_by_size_and_keeps_what_it_must():
         stratified_split(labels, 10, keep=np.arange(100) < 65)
 
 
-def test_duplicates_are_counted_and_never_held_out(out, tmp_path):
+def test_copies_and_contradictions_leave_training_and_are_listed(out, tmp_path):
     folder = publication(tmp_path / "p", 240, 20)
     path = folder / "train-images-idx3-ubyte"
     content = bytearray(path.read_bytes())
@@ -133,14 +137,21 @@ def test_duplicates_are_counted_and_never_held_out(out, tmp_path):
     for row in range(10, 200, 10):  # the same label, for most of class 0
         content[16 + row * 784 : 16 + (row + 1) * 784] = image
     content[16 + 239 * 784 : 16 + 240 * 784] = content[16 + 238 * 784 : 16 + 239 * 784]  # labels 8 and 9
+    content[16 + 77 * 784 : 16 + 78 * 784] = bytes(784)
     path.write_bytes(content)
     test = folder / "t10k-images-idx3-ubyte"
-    test.write_bytes(test.read_bytes()[:-784] + content[16 + 5 * 784 : 16 + 6 * 784])  # row 5 again, as row 259
+    test.write_bytes(test.read_bytes()[:-784] + content[16 + 9 * 784 : 16 + 10 * 784])  # row 9 again, as row 259
     data = build("fashion_mnist", out, source=folder)
-    twins = data.manifest["duplicates"]
-    assert twins["list"] == [list(range(0, 200, 10)), [5, 259], [238, 239]]
-    assert (twins["groups"], twins["rows"], twins["with_two_labels"], twins["in_train_and_test"]) == (3, 24, 2, 1)
-    assert not set(data.splits["val"]) & {row for group in twins["list"] for row in group}
+    twins = data.manifest["duplicates"]["identical"]
+    assert twins["list"] == [list(range(0, 200, 10)), [9, 259], [238, 239]]
+    assert (twins["groups"], twins["rows"], twins["with_two_labels"], twins["in_train_and_test"]) == (3, 24, 1, 1)
+    kinds = {r["row"]: r["kind"] for r in data.manifest["rejects"]}
+    gone = {9: "copy", 77: "blank", 238: "conflict", 239: "conflict"} | dict.fromkeys(range(10, 200, 10), "copy")
+    assert kinds == gone and len(data.labels) == 260  # they are stored, and used for nothing
+    used = np.concatenate(list(data.splits.values())).tolist()
+    assert sorted(used) == [row for row in range(260) if row not in gone]
+    assert sum(data.manifest["counts"]["train"].values()) == len(data.splits["train"])
+    assert data.splits["test"].tolist() == list(range(240, 260))
 
 
 # ---- the published files themselves, where they can be had from a package
@@ -212,6 +223,213 @@ def test_dvc_is_clean_after_a_build_and_sees_a_changed_byte(sample, tmp_path, mo
     assert "modified:" in dvc("status") and "data/fashion_mnist" in dvc("status").replace(os.sep, "/")
 
 
+# ---- texts, sets of another origin, drawn test sets
+
+
+NEWS = ("election", "storm", "budget", "court", "border", "virus", "senate", "strike", "police", "island", "energy")
+
+
+def article(i):
+    """Some forty words, unlike those of any other number."""
+    rng = np.random.default_rng(i)
+    return f"Report {i}: " + " ".join(f"{rng.choice(NEWS)}{rng.integers(50)}" for _ in range(40)) + "."
+
+
+def table(path, header, rows):
+    """Write a CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([header, *rows])
+
+
+def news(folder, real=90, other=True):
+    """ISOT's two files, and articles of another origin: made, with duplicates of each kind."""
+    columns = ("title", "text", "subject", "date")
+    fakes = [(f"WOW {i}", article(i), "News", "") for i in range(60)]
+    fakes += [("wow 3", article(3).upper(), "News", ""), ("WOW 500", article(400) + " again", "News", "")]
+    trues = [(f"Report {i}", f"PARIS (Reuters) - {article(i)}", "politicsNews", "") for i in range(400, 400 + real)]
+    trues += [("WOW 5", article(5), "politicsNews", ""), ("Empty", " ", "politicsNews", "")]
+    trues += [(f"Report {i}", article(i) + " Update", "politicsNews", "") for i in (410, 411, 412)]
+    table(folder / "fake_news" / "Fake.csv", columns, fakes)
+    table(folder / "fake_news" / "True.csv", columns, trues)
+    if other:
+        rows = [("Celebrity", f"{i}.txt", f"T {i}", article(900 + i), ("fake", "real")[i % 2]) for i in range(6)]
+        rows += [
+            ("Horne2017-Random", "s", "S", article(950), "satire"),
+            ("Celebrity", "x", "A", article(7), "fake"),
+        ]
+        table(folder / "fake_news" / "ood_articles.csv", ("dataset", "file", "title", "text", "label"), rows)
+    return folder
+
+
+def test_texts_are_stored_cleaned_and_split(tmp_path, out):
+    data = build("fake_news", out, source=news(tmp_path / "n"))
+    assert data.kind == "text" and data.images is None and isinstance(data.inputs, Texts) and data.inputs is data.texts
+    assert {p.name for p in out.iterdir()} == {*NAMES[1:], "texts.npy", "offsets.npy", "ids.json"}
+    assert data.manifest["fields"] == ["title", "text"] and data.manifest["shape"] == []
+    assert isinstance(data.texts.blob, np.memmap) and not data.texts.blob.flags.writeable
+    assert data.ood == ["ood-celebrity", "ood-satire"] and list(data.splits) == ["train", "val", "test", *data.ood]
+    texts, labels = data.split("ood-satire")
+    assert texts.column("title") == ["S"] and labels.tolist() == [-1]
+    assert data.manifest["counts"]["ood-satire"]["none"] == 1
+    assert [data.ids[row] for row in data.splits["ood-satire"]] == ["ood_articles.csv:8"]
+    assert len(data.ids) == len(data.texts) == len(data.labels) == data.manifest["rows"]
+    assert "(Reuters)" not in "".join(data.texts.joined()) and data.manifest["notes"]["datelines removed"] == 90
+    assert "ood-celebrity" in data._repr_markdown_() and "| none |" in data._repr_markdown_()
+    assert "title and text" in repr(data) and data.verify() is data
+
+
+def test_texts_that_are_copies_or_nearly_so_stand_on_one_side(tmp_path, out):
+    data = build("fake_news", out, source=news(tmp_path / "n"))
+    why = {data.ids[r["row"]]: r["kind"] for r in data.manifest["rejects"] if "kind" in r}
+    assert why == {"Fake.csv:7": "conflict", "True.csv:92": "conflict", "Fake.csv:62": "copy"}
+    assert [r["reason"] for r in data.manifest["rejects"] if "kind" not in r] == ["an empty text"]
+    near = data.manifest["duplicates"]["near"]
+    assert near["groups"] == 4 and near["with_two_labels"] == 1
+    where = {int(row): name for name, rows in data.splits.items() for row in rows}
+    assert all(len({where[row] for row in group}) == 1 for group in near["list"])
+    shared = data.manifest["duplicates"]["ood"]["ood-celebrity"]
+    assert (shared["rows_in_train"], shared["rows_in_test"]) == (1, 0)
+    texts = data.texts.joined()
+    sides = [texts[row] for name in ("train", "val", "test") for row in data.splits[name]]
+    ends = np.cumsum([len(data.splits[name]) for name in ("train", "val", "test")])
+    for group in near_texts(sides):
+        assert len(set(np.searchsorted(ends, group, side="right"))) == 1
+
+
+def test_where_nothing_is_published_for_testing_a_share_is_drawn(tmp_path, out):
+    data = build("fake_news", out, source=news(tmp_path / "n"))
+    counts = data.manifest["counts"]
+    known = 62 + 94 - 3
+    assert sum(map(len, (data.splits[s] for s in ("train", "val", "test")))) == known
+    assert len(data.splits["test"]) == round(known * 0.15) == sum(counts["test"].values())
+    assert abs(counts["test"]["fake"] - 0.15 * 60) < 1
+    other = build("fake_news", tmp_path / "other", source=news(tmp_path / "m", other=False))
+    first, second = ({d.ids[i] for i in d.splits["test"]} for d in (data, other))
+    assert first == second and not other.ood  # sets of another origin have no say in the split
+
+
+def test_a_second_build_of_texts_reads_nothing_and_a_changed_source_is_noticed(tmp_path, out):
+    source = news(tmp_path / "n")
+    data = build("fake_news", out, source=source)
+    start = time.perf_counter()
+    assert build("fake_news", out, source=source).origin == "" and time.perf_counter() - start < 1
+    assert build("fake_news", out, source="").hash == data.hash  # no source is named: what is there already
+    before = contents(out)
+    news(tmp_path / "n", real=91)
+    changed = build("fake_news", out, source=source)
+    assert changed.origin == "PROJECT_SOURCE" and changed.hash != data.hash
+    assert len(changed.labels) == len(data.labels) + 1
+    news(tmp_path / "n")
+    assert build("fake_news", out, source=source).origin and contents(out) == before
+
+
+@pytest.mark.parametrize("name", ["texts.npy", "offsets.npy", "ids.json"])
+def test_texts_that_are_cut_are_told(tmp_path, out, name):
+    source = news(tmp_path / "n")
+    build("fake_news", out, source=source)
+    os.truncate(out / name, (out / name).stat().st_size - 8)
+    with pytest.raises(DataError, match=f"{name}: expected"):
+        open_data("fake_news", out)
+    assert build("fake_news", out, source=source).verify().origin
+    manifest = read_json(out / "manifest.json")
+    offsets = np.load(out / "offsets.npy")
+    offsets[3], offsets[4] = offsets[4], offsets[3]
+    np.save(out / "offsets.npy", offsets)
+    with pytest.raises(DataError, match="one after the other"):
+        open_data("fake_news", out)
+    write_json(out / "manifest.json", manifest | {"fields": ["title", "text", "date"]})
+    with pytest.raises(DataError, match="expected whole arrays, found damage"):
+        open_data("fake_news", out)
+
+
+def test_a_split_of_unknown_classes_is_refused(tmp_path, out):
+    build("fake_news", out, source=news(tmp_path / "n"))
+    manifest, splits = read_json(out / "manifest.json"), read_json(out / "splits.json")
+    for wrong in ({"test": splits["ood-satire"]}, {"val": []}):
+        text = json.dumps({"train": splits["train"], **wrong})
+        (out / "splits.json").write_text(text, encoding="utf-8")
+        manifest["files"]["splits.json"]["size"] = len(text)
+        write_json(out / "manifest.json", manifest)
+        with pytest.raises(DataError, match="a split without rows or a row without a class"):
+            open_data("fake_news", out)
+
+
+def test_faces_with_a_near_copy_in_the_test_part(tmp_path, out):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "f" / "face_emotion"
+    for part, n in (("train", 20), ("test", 6)):
+        for name in ("Angry", "Happy"):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(n):
+                small = Image.fromarray(rng.integers(0, 256, (12, 12), np.uint8))
+                small.resize((48, 48), Image.Resampling.BICUBIC).save(folder / part / name / f"{i:02}.png")
+    Image.open(folder / "test/Angry/03.png").save(folder / "train/Angry/07.jpg", quality=80)
+    Image.fromarray(np.full((48, 48), 9, np.uint8)).save(folder / "train/Happy/30.png")
+    shutil.copy(folder / "train/Happy/04.png", folder / "train/Happy/31.png")
+    (folder / "train/Happy/32.png").write_bytes(b"nothing of the kind")
+    data = build("face_emotion", out, source=tmp_path / "f")
+    reasons = {r["file"]: r["reason"] for r in data.manifest["rejects"]}
+    assert reasons.pop("train/Happy/32.png")
+    assert reasons == {
+        "train/Angry/07.jpg": "near duplicate of a test row: test/Angry/03.png",
+        "train/Happy/30.png": "all pixels alike",
+        "train/Happy/31.png": "copy: the same as train/Happy/04.png",
+    }
+    assert data.classes == ["angry", "happy"] and data.manifest["counts"]["test"] == {"angry": 6, "happy": 6}
+    assert len(data.splits["train"]) + len(data.splits["val"]) == 40
+    assert [data.ids[i] for i in data.splits["test"]][:2] == ["test/Angry/00.png", "test/Angry/01.png"]
+
+
+# ---- more than memory holds
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from project.data.sources import Source
+from project.data.store import _write, open_data
+from project.data.tasks import Examples, get_task
+
+def data_bytes():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmData:")).split()[1]) << 10
+
+made, out = Path(sys.argv[1]), Path(sys.argv[2])
+images = np.memmap(made, np.uint8, "r", shape=(1000, 256, 256, 3))
+labels, part = np.arange(1000) % 4, np.repeat([0, 1], [900, 100])
+examples = Examples(images, labels, ("a", "b", "c", "d"), part, ("train", "test"))
+np.ones((64, 64)) @ np.ones((64, 64))  # BLAS takes its buffers
+limit = data_bytes() + (44 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+assert images.nbytes > 4 * (44 << 20)
+try:
+    np.array(images)
+    sys.exit("the set fits into memory: nothing is shown")
+except MemoryError:
+    pass
+_write(get_task("dog_breeds"), Source("here", {}, {}, False), examples, out)
+data = open_data("dog_breeds", out).verify()
+seen = sum(int(data.images[rows].max()) > 0 for rows in np.array_split(data.splits["train"], 60))
+assert seen == 60 and data.images.shape == images.shape and len(data.splits["test"]) == 100
+assert data.manifest["duplicates"]["near"]["list"] == [[10, 890]]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on a process's memory")
+def test_a_set_several_times_as_large_as_memory_is_cleaned_written_and_read(tmp_path):
+    """197 MB of images, and 44 MB that a process may take."""
+    images = np.memmap(tmp_path / "made", np.uint8, "w+", shape=(1000, 256, 256, 3))
+    for i, small in enumerate(np.random.default_rng(0).integers(0, 256, (1000, 16, 16, 1), np.uint8)):
+        images[i] = small.repeat(16, 0).repeat(16, 1)
+    images[890] = images[10] // 2 + 60
+    images.flush()
+    (tmp_path / "dog_breeds").mkdir()
+    command = [sys.executable, "-c", LARGE, tmp_path / "made", tmp_path / "dog_breeds"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # ---- bad input
 
 
@@ -230,8 +448,8 @@ def test_opening_names_what_is_missing_or_cut(sample, out, name):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"format": 2}, "expected data of format 1 or older, found 2"),
-        ({"format": None}, "expected data of format 1 or older, found None"),
+        ({"format": 3}, "expected data of format 2 or older, found 3"),
+        ({"format": None}, "expected data of format 2 or older, found None"),
         ({"task": "other"}, "expected the task fashion_mnist, found other"),
         ({"rows": 599}, "expected images of \\(599, 28, 28\\)"),
         ({"classes": ["one"]}, "600 labels from 0 to 0"),
@@ -243,6 +461,15 @@ def test_opening_checks_the_manifest(sample, out, change, expected):
     write_json(out / "manifest.json", {key: value for key, value in manifest.items() if value is not ...})
     with pytest.raises(DataError, match=expected):
         open_data("fashion_mnist", out)
+
+
+def test_older_data_is_read_and_a_build_renews_it(sample, out):
+    manifest = build("fashion_mnist", out, source=sample).manifest
+    old = {key: value for key, value in manifest.items() if key not in ("fields", "cleaning", "notes")} | {"format": 1}
+    write_json(out / "manifest.json", old)
+    data = open_data("fashion_mnist", out)
+    assert len(data.split("val")[0]) == 42 and data.ids == [] and data.ood == [] and data.inputs is data.images
+    assert build("fashion_mnist", out, source=sample).manifest == manifest
 
 
 def test_opening_refuses_a_row_in_two_splits(sample, out):

@@ -13,9 +13,11 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,8 +28,13 @@ from project.bundle.manifest import (
     MANIFEST,
     Bundle,
     BundleError,
+    _answers,
     _check_fields,
     _check_name,
+    _id_batches,
+    _image_batches,
+    _vocabulary,
+    bundle_tokenizer,
     onnx_session,
     open_bundle,
     run_bundle,
@@ -35,6 +42,7 @@ from project.bundle.manifest import (
     write_manifest,
 )
 from ..core import show_path
+from ..data.tokens import UNKNOWN
 
 # %% ../../nbs/52_bundle.export.ipynb #e5bfb820
 class ExportError(BundleError):
@@ -42,7 +50,7 @@ class ExportError(BundleError):
 
 
 class _Served(nn.Module):
-    "From raw images as they lie in the data to probabilities and an embedding."
+    "From raw images as they lie in the data, or ids, to probabilities and an embedding."
 
     def __init__(self, net: nn.Module, tta: str, temperature: float):
         super().__init__()
@@ -52,8 +60,8 @@ class _Served(nn.Module):
         e = self.net.embed(x)  # type: ignore[operator]
         return (self.net.head(e) / self.temperature).softmax(1), e  # type: ignore[operator]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = _channels_first(images)
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        x = _as_taken(inputs)
         p, e = self.answer(x)  # (B, K), (B, E)
         if self.tta == "flip":
             p2, e2 = self.answer(x.flip(3))
@@ -61,42 +69,147 @@ class _Served(nn.Module):
         return p, e
 
 
-def _channels_first(
-    images: Tensor,  # (B, H, W) or (B, H, W, C)
-) -> Tensor:  # (B, C, H, W)
-    "The layout networks take, from the layout images lie in."
-    return images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+def _as_taken(
+    inputs: Tensor,  # images (B, H, W) or (B, H, W, C), or ids (B, L)
+) -> Tensor:  # images (B, C, H, W), or ids (B, L)
+    "The layout networks take, from the layout inputs lie in."
+    if inputs.ndim == 2:
+        return inputs
+    return inputs.unsqueeze(1) if inputs.ndim == 3 else inputs.permute(0, 3, 1, 2)
+
+# %% ../../nbs/52_bundle.export.ipynb #b269dcde
+@dataclass(frozen=True)
+class _Images:
+    "Real images, and what is particular to them."
+
+    rows: np.ndarray  # (N, H, W) or (N, H, W, C) uint8
+    kind: ClassVar[str] = "image"
+
+    def batches(self, size: int) -> Iterator[tuple[Any, np.ndarray]]:
+        return _image_batches(self.rows, size)
+
+    def take(self, which: np.ndarray) -> "_Images":
+        return _Images(self.rows[which])
+
+    def edges(self) -> dict[str, "_Images"]:
+        return {}
+
+    def example(self) -> tuple[np.ndarray, dict[int, Any]]:
+        return self.rows[np.arange(2) % len(self.rows)], {0: torch.export.Dim("batch")}
+
+    def spec(self) -> dict[str, Any]:
+        shape, grey = self.rows.shape[1:], self.rows.ndim == 3
+        layout, channels = ("NHW", 1) if grey else ("NHWC", shape[2])
+        return {"name": "images", "dtype": "uint8", "layout": layout, "shape": [None, *shape], "channels": channels}
+
+# %% ../../nbs/52_bundle.export.ipynb #cdf09a41
+@dataclass(frozen=True)
+class _Ids:
+    "Real texts as rows of ids, and what is particular to them."
+
+    rows: list[np.ndarray]  # each (L,) int64
+    max_length: int  # ids of the longest row there can be
+    vocabulary: int  # how many ids there are
+    fields: tuple[str, ...]  # the fields a text was made of
+    kind: ClassVar[str] = "text"
+
+    def batches(self, size: int) -> Iterator[tuple[Any, np.ndarray]]:
+        return _id_batches(self.rows, size)
+
+    def given(self, rows: Iterable[np.ndarray]) -> "_Ids":
+        return _Ids(list(rows), self.max_length, self.vocabulary, self.fields)
+
+    def take(self, which: np.ndarray) -> "_Ids":
+        return self.given(self.rows[i] for i in which)
+
+    def edges(self) -> dict[str, "_Ids"]:
+        longest = np.resize(max(self.rows, key=len), self.max_length)  # repeats the row
+        found = {f"rows cut to {n}": self.given(row[:n] for row in self.rows[:8]) for n in (1, 2)}
+        found[f"a row of {self.max_length} ids"] = self.given([longest])
+        found[f"the highest id, {self.vocabulary - 1}"] = self.given([np.array([self.vocabulary - 1])])
+        return found
+
+    def example(self) -> tuple[np.ndarray, dict[int, Any]]:
+        length = max(3, min(self.max_length, 8))  # with 1 the exporter would take the length for fixed
+        ids = np.stack([np.resize(row, length) for row in (self.rows[0], self.rows[-1])])
+        ids[1, -1] = 0
+        dim = torch.export.Dim
+        return ids, {0: dim("batch"), 1: dim("length", max=max(self.max_length, length))}
+
+    def spec(self) -> dict[str, Any]:
+        facts = {"name": "ids", "dtype": "int64", "layout": "NL", "shape": [None, None]}
+        return facts | {"max_length": self.max_length, "vocabulary": self.vocabulary, "fields": list(self.fields)}
+
+
+_Rows = _Images | _Ids
 
 # %% ../../nbs/52_bundle.export.ipynb #d66ef737
 def _check_request(
     net: nn.Module,  # the network
-    images: Any,  # real images
     classes: list[str],  # class names
+    kind: str,  # "image" or "text"
     tta: str,  # "none" or "flip"
     temperature: float,  # what logits are divided by
 ) -> None:
     "Refuse what cannot become a bundle, each with what was expected and what to do."
-    dtype, shape = getattr(images, "dtype", type(images).__name__), tuple(getattr(images, "shape", ()))
-    if str(dtype) != "uint8" or len(shape) not in (3, 4) or not len(images):
-        raise ExportError(
-            "images: expected real images for the comparison, uint8 of shape (N, H, W) or (N, H, W, C) with N > 0, "
-            f"found {dtype} of shape {shape}. Give some as they lie in the data, not scaled."
-        )
     if len(set(classes)) < len(classes) or len(classes) < 2:
         raise ExportError(
             f"classes: expected two names or more, each once, found {classes}. Give the task's class names."
         )
     if tta not in ("none", "flip"):
         raise ExportError(f"tta: expected 'none' or 'flip', found {tta!r}")
+    if kind == "text" and tta != "none":
+        raise ExportError(f"tta: expected 'none' for texts, found {tta!r}. A text has no mirror image.")
     if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise ExportError(
             f"temperature: expected a number above 0, found {temperature!r}. 1 leaves the probabilities as they are."
         )
     if not (callable(getattr(net, "embed", None)) and callable(getattr(net, "head", None))):
         raise ExportError(
-            f"net: expected a network with embed(images) and head(embedding), found {type(net).__name__} without. "
+            f"net: expected a network with embed(inputs) and head(embedding), found {type(net).__name__} without. "
             "Give the network itself, not its LightningModule or its state."
         )
+
+# %% ../../nbs/52_bundle.export.ipynb #81ff44d0
+def _given_images(
+    images: Any,  # real images
+) -> _Images:  # as the comparison takes them
+    "Refuse what are no raw images."
+    dtype, shape = getattr(images, "dtype", type(images).__name__), tuple(getattr(images, "shape", ()))
+    if str(dtype) != "uint8" or len(shape) not in (3, 4) or not len(images):
+        raise ExportError(
+            "images: expected real images for the comparison, uint8 of shape (N, H, W) or (N, H, W, C) with N > 0, "
+            f"found {dtype} of shape {shape}. Give some as they lie in the data, not scaled."
+        )
+    return _Images(images)
+
+# %% ../../nbs/52_bundle.export.ipynb #621fa7dd
+def _given_ids(
+    tokens: Any,  # rows of ids: `Tokens`, or a list of arrays
+    tokenizer: Any,  # what made them
+    max_length: int,  # ids of a row, at most
+    fields: Sequence[str],  # the fields a text was made of
+) -> _Ids:  # as the comparison takes them
+    "Refuse rows of ids that this tokenizer cannot have made."
+    if not callable(getattr(tokenizer, "to_str", None)):
+        raise ExportError(
+            f"tokenizer: expected the tokenizers.Tokenizer that made the ids, found {type(tokenizer).__name__}. "
+            "One of transformers has it as .backend_tokenizer."
+        )
+    if not isinstance(max_length, int) or max_length < 1:
+        raise ExportError(f"max_length: expected how many ids of a row the network reads, found {max_length!r}")
+    if isinstance(tokens, str) or not hasattr(tokens, "__len__") or not len(tokens):
+        raise ExportError("tokens: expected real rows of ids for the comparison, one or more, found none")
+    vocabulary, rows = _vocabulary(tokenizer), []
+    for i in range(len(tokens)):
+        row = np.asarray(tokens[i])
+        if row.ndim != 1 or (row.size and (row.dtype.kind not in "iu" or not 0 <= row.min() <= row.max() < vocabulary)):
+            raise ExportError(
+                f"tokens: row {i}: expected ids of this tokenizer, whole numbers from 0 to {vocabulary - 1}, "
+                f"found {row.dtype} of shape {row.shape}, {row.ravel()[:6].tolist()} …"
+            )
+        rows.append(row[:max_length].astype(np.int64) if row.any() else np.full(1, UNKNOWN, np.int64))
+    return _Ids(rows, max_length, vocabulary, tuple(fields))
 
 # %% ../../nbs/52_bundle.export.ipynb #9618beee
 def _frozen_copy(
@@ -110,19 +223,24 @@ def _frozen_copy(
 @torch.no_grad()
 def _torch_answers(
     net: nn.Module,  # the frozen copy
-    images: np.ndarray,  # (N, H, W) or (N, H, W, C) uint8
+    inputs: _Rows,  # real rows
     tta: str,  # "none" or "flip"
     temperature: float,  # what logits are divided by
-    batch_size: int,  # images at a time
+    batch_size: int,  # rows at a time
 ) -> tuple[np.ndarray, np.ndarray]:  # probabilities and embeddings
     "What the exported model has to answer."
-    probabilities, embeddings = [], []
-    for i in range(0, len(images), batch_size):
-        x = _channels_first(torch.tensor(images[i : i + batch_size]))
+    order, answers, everything = [], [], np.arange(len(inputs.rows))
+    for which, batch in inputs.batches(batch_size):
+        x = _as_taken(torch.tensor(batch))
         views = [x, x.flip(3)] if tta == "flip" else [x]
-        probabilities.append(torch.stack([(net(v) / temperature).softmax(1) for v in views]).mean(0).numpy())
-        embeddings.append(torch.stack([net.embed(v) for v in views]).mean(0).numpy())  # type: ignore[operator]
-    return np.concatenate(probabilities), np.concatenate(embeddings)
+        p = torch.stack([(net(v) / temperature).softmax(1) for v in views]).mean(0)
+        e = torch.stack([net.embed(v) for v in views]).mean(0)  # type: ignore[operator]
+        order.append(everything[which])
+        answers.append((p.numpy(), e.numpy()))
+    back = np.argsort(np.concatenate(order))
+    whole = [np.concatenate(parts) for parts in zip(*answers, strict=True)]
+    probabilities, embedding = (a[back] if len(a) == len(back) else a for a in whole)  # too few are refused later on
+    return probabilities, embedding
 
 # %% ../../nbs/52_bundle.export.ipynb #616cbcf9
 @contextlib.contextmanager
@@ -152,14 +270,27 @@ def _strip(
                 _strip(part)
 
 # %% ../../nbs/52_bundle.export.ipynb #ca28e961
+def _clear_names(
+    graph: Any,  # an onnx_ir.Graph
+) -> None:
+    "Rename values inside a graph that have the name of an input or an output."
+    outside = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value.name in taken and id(value) not in outside:
+                value.name = f"{value.name}.inside"
+
+# %% ../../nbs/52_bundle.export.ipynb #786d9651
 def _to_onnx(
     served: _Served,  # the network, wrapped
-    example: np.ndarray,  # two images
+    inputs: _Rows,  # real rows
     properties: dict[str, str],  # what goes into the file beside the graph
 ) -> Any:  # an onnx.ModelProto, complete in itself
-    "Export with a batch of any length."
+    "Export with a batch of any size, and for texts of any length."
     import onnx
 
+    example, dims = inputs.example()
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -167,17 +298,18 @@ def _to_onnx(
                 (torch.tensor(example),),
                 dynamo=True,
                 verbose=False,
-                input_names=["images"],
+                input_names=[inputs.spec()["name"]],
                 output_names=["probabilities", "embedding"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=(dims,),
             )
     except Exception as e:  # the exporter raises what the network's code raised, or one of many of its own
         cause = " ".join(str(e.__cause__ or e).split())
         raise ExportError(
             f"torch could not export {type(served.net).__name__}: {type(e).__name__}: {cause:.600}\n"
-            "Usual reasons: Python branches on values, shapes fixed to one batch size, operators without ONNX form."
+            "Usual reasons: Python branches on values, shapes fixed to one size, operators without ONNX form."
         ) from e
     assert program is not None  # with dynamo there is always a program
+    _clear_names(program.model.graph)
     model = program.model_proto
     _strip(model)
     onnx.helper.set_model_props(model, properties)
@@ -203,68 +335,109 @@ def _differences(
         torch_says, onnx_says = (f"class {p[worst].argmax()} with {p[worst].max():.4f}" for p in (expected, found))
         raise ExportError(
             f"{what}: the exported model does not answer as the network does: another first choice on "
-            f"{int(other.sum())} of {len(other)} images; probabilities differ by up to {apart[worst]:.2g} "
-            f"(allowed {tolerance:g}), at image {worst}, where torch says {torch_says} and onnxruntime {onnx_says}.\n"
+            f"{int(other.sum())} of {len(other)} rows; probabilities differ by up to {apart[worst]:.2g} "
+            f"(allowed {tolerance:g}), at row {worst}, where torch says {torch_says} and onnxruntime {onnx_says}.\n"
             "Usual reasons: dropout or noise that stays on in evaluation mode, a layer that mixes the rows of a batch, "
             "branches on values, a forward that is not head(embed(x))."
         )
     return float(apart[worst]), int(tied.sum())
 
 # %% ../../nbs/52_bundle.export.ipynb #b849cf60
+_Answers = tuple[np.ndarray, np.ndarray]  # probabilities and embeddings
+
+
+def _apart(
+    expected: np.ndarray,  # embeddings
+    found: np.ndarray,  # the same, from elsewhere
+    scale: float,  # the largest number in any
+) -> float:  # in parts of `scale`
+    "How far embeddings are apart."
+    return float(np.abs(expected - found).max()) / (scale or 1.0)
+
+
+def _padding(
+    answer: Callable[[_Ids], _Answers],  # torch, or the exported model
+    inputs: _Ids,  # real rows
+    who: str,  # for the message
+) -> float:  # by how much a longer row changed a probability
+    "Refuse a model whose answer to a row changes when a longer one stands beside it."
+    longest = max(inputs.rows, key=len)
+    mate, largest = np.resize(longest, min(2 * len(longest), inputs.max_length)), 0.0
+    for i in np.linspace(0, len(inputs.rows) - 1, min(8, len(inputs.rows))).astype(int):
+        row = inputs.rows[i][: max(1, len(mate) - 1)]
+        alone, beside = answer(inputs.given([row])), answer(inputs.given([row, mate]))
+        p, e = np.abs(alone[0][0] - beside[0][0]).max(), _apart(alone[1][0], beside[1][0], np.abs(beside[1]).max())
+        if not (p <= 1e-5 and e <= 1e-4):
+            raise ExportError(
+                f"row {i}: {who} answers otherwise when a longer row stands beside it: probabilities differ by {p:.2g} "
+                f"(allowed 1e-05), the embedding by {e:.2g} of its largest value (allowed 0.0001).\n"
+                "Usual reasons: padding, id 0, is not masked; a layer mixes the rows of a batch."
+            )
+        largest = max(largest, float(p))
+    return largest
+
+# %% ../../nbs/52_bundle.export.ipynb #ef8cc60b
+def _compare(
+    answer: Callable[[_Rows, int], _Answers],  # the exported model, in batches of some size
+    inputs: _Rows,  # real rows
+    expected: _Answers,  # what torch answers to them
+    size: int,  # rows in a batch
+    tolerance: float,  # largest difference of a probability
+    what: str,  # for the message
+) -> tuple[float, int]:  # the largest difference of a probability, and the number of ties
+    "Run some rows as a service would, and compare with torch."
+    try:
+        probabilities, embedding = answer(inputs, size)
+    except BundleError as e:
+        raise ExportError(
+            f"{what}: {e}\nUsual reason: the network fixes the batch or the length to one size, in a reshape or a view."
+        ) from e
+    apart, ties = _differences(expected[0], probabilities, tolerance, what)
+    off = _apart(expected[1], embedding, float(np.abs(expected[1]).max()))
+    if not off <= 1e-3:
+        raise ExportError(f"{what}: the embedding differs by {off:.2g} of its largest value (allowed 0.001)")
+    return apart, ties
+
+# %% ../../nbs/52_bundle.export.ipynb #559a8090
 def _parity(
     bundle: Bundle,  # the new bundle, still under its temporary name
-    images: np.ndarray,  # real images
-    expected: tuple[np.ndarray, np.ndarray],  # what torch answers to them
+    inputs: _Rows,  # real rows
+    expected: dict[str, _Answers],  # what torch answers to them ("") and to their edges
     tolerance: float,  # largest difference of a probability
-    batch_size: int,  # images at a time
+    batch_size: int,  # rows at a time
 ) -> dict[str, Any]:  # what was compared, for the manifest
     "Run the bundle as a service would, in batches of several sizes, and compare with torch."
-    session, n = onnx_session(bundle), len(images)
-    largest, ties = 0.0, 0
+    session, n = onnx_session(bundle), len(inputs.rows)
+
+    def answer(rows: _Rows, size: int = 2) -> _Answers:
+        return _answers(bundle, session, rows.batches(min(size, batch_size)), len(rows.rows))
+
+    facts: dict[str, Any] = {"rows": n, "tolerance": tolerance, "batch_sizes": [n, 1, 2, 7]}
+    if isinstance(inputs, _Ids):
+        run_bundle(bundle, ["", "a"], session=session)  # the files fit each other
+        facts["largest_difference_by_padding"] = _padding(answer, inputs, "the exported model")
+    found = []
     for size in (n, 1, 2, 7):
         rows = np.arange(n if size == n else 2 * size) % n
-        try:
-            probabilities, embedding = run_bundle(bundle, images[rows], min(size, batch_size), session)
-        except BundleError:
-            raise
-        except Exception as e:  # onnxruntime's exceptions have no common class of their own
-            raise ExportError(
-                f"batch of {size}: onnxruntime cannot run the exported model: {e}\n"
-                "Usual reason: the network fixes the batch to one size, in a reshape or a view."
-            ) from e
-        if (probabilities.shape, embedding.shape) != (expected[0][rows].shape, expected[1][rows].shape):
-            raise ExportError(
-                f"batch of {size}: expected one answer an image, found shapes {probabilities.shape} and "
-                f"{embedding.shape}.\n"
-                "Usual reason: the network fixes the batch to one size, in a reshape or a view."
-            )
-        apart, tied = _differences(expected[0][rows], probabilities, tolerance, f"batch of {size}")
-        scale = float(np.abs(expected[1]).max()) or 1.0
-        off = float(np.abs(expected[1][rows] - embedding).max()) / scale
-        if not off <= 1e-3:
-            raise ExportError(
-                f"batch of {size}: the embedding differs by {off:.2g} of its largest value (allowed 0.001)"
-            )
-        largest, ties = max(largest, apart), tied if size == n else ties
-    return {"rows": n, "largest_difference": largest, "tolerance": tolerance, "ties": ties, "batch_sizes": [n, 1, 2, 7]}
+        some = expected[""][0][rows], expected[""][1][rows]
+        found.append(_compare(answer, inputs.take(rows), some, size, tolerance, f"batch of {size}"))
+    facts["ties"] = found[0][1]
+    for what, edge in inputs.edges().items():
+        found.append(_compare(answer, edge, expected[what], n, tolerance, what))
+    return facts | {"largest_difference": max(apart for apart, _ in found)}
 
 # %% ../../nbs/52_bundle.export.ipynb #bf4f39df
 def _specification(
     net: nn.Module,  # the frozen copy
-    images: np.ndarray,  # real images
-    expected: tuple[np.ndarray, np.ndarray],  # what torch answers to them
+    inputs: _Rows,  # real rows
+    expected: _Answers,  # what torch answers to them
     classes: list[str],  # class names
 ) -> dict[str, Any]:  # the manifest's fields on input, outputs and size
     "What goes in and what comes out; the answers' width must be the number of class names."
-    n, shapes = len(images), [answer.shape for answer in expected]
+    n, shapes = len(inputs.rows), [answer.shape for answer in expected]
     if any(len(shape) != 2 or shape[0] != n for shape in shapes):
         raise ExportError(
-            f"net: expected logits and an embedding of shape ({n}, …) each, one row an image, found {shapes}"
-        )
-    if not all(np.isfinite(answer).all() for answer in expected):
-        raise ExportError(
-            "net: expected finite answers to the images given, found NaN or infinity. "
-            "Its weights or its scaling are broken."
+            f"net: expected logits and an embedding of shape ({n}, …) each, one row an {inputs.kind}, found {shapes}"
         )
     k, width = shapes[0][1], shapes[1][1]
     if k != len(classes):
@@ -272,15 +445,8 @@ def _specification(
             f"classes: expected as many names as the network has outputs, found {len(classes)} names and {k} outputs. "
             "Give the class names of the data it was trained on."
         )
-    grey = images.ndim == 3
     return {
-        "input": {
-            "name": "images",
-            "dtype": "uint8",
-            "layout": "NHW" if grey else "NHWC",
-            "shape": [None, *images.shape[1:]],
-            "channels": 1 if grey else images.shape[3],
-        },
+        "input": inputs.spec(),
         "outputs": {
             "probabilities": {"dtype": "float32", "shape": [None, k]},
             "embedding": {"dtype": "float32", "shape": [None, width]},
@@ -292,7 +458,7 @@ def _specification(
 def _write_files(
     served: _Served,  # the network, wrapped
     folder: Path,  # where to
-    images: np.ndarray,  # real images
+    inputs: _Rows,  # real rows
     fields: dict[str, Any],  # the manifest so far
 ) -> None:
     "model.onnx and weights.safetensors."
@@ -306,12 +472,12 @@ def _write_files(
         "tta": served.tta,
         "temperature": str(served.temperature),
     }
-    graph = _to_onnx(served, images[np.arange(2) % len(images)], note)
+    graph = _to_onnx(served, inputs, note)
     (folder / "model.onnx").write_bytes(graph.SerializeToString(deterministic=True))
     state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in served.net.state_dict().items()}
     save_file(state, folder / "weights.safetensors", {"format": "pt"})
 
-
+# %% ../../nbs/52_bundle.export.ipynb #b7ea14ed
 def _take_along(
     files: Iterable[str | Path],  # files for the bundle
     folder: Path,  # the new bundle's folder, still empty
@@ -319,7 +485,10 @@ def _take_along(
     "Copy the files that come along, under their own names."
     for file in map(Path, files):
         _check_name(file.name, show_path(file))
-        if file.name in ("model.onnx", "weights.safetensors", MANIFEST) or (folder / file.name).exists():
+        if (
+            file.name in ("model.onnx", "weights.safetensors", "tokenizer.json", MANIFEST)
+            or (folder / file.name).exists()
+        ):
             raise ExportError(
                 f"extra_files: {file.name}: expected a name of its own, found one that the bundle uses. Rename it."
             )
@@ -327,14 +496,61 @@ def _take_along(
             raise ExportError(f"extra_files: {show_path(file)}: expected a file, found none.")
         shutil.copyfile(file, folder / file.name)
 
+# %% ../../nbs/52_bundle.export.ipynb #902cea11
+def _write_tokenizer(
+    tokenizer: Any,  # a tokenizers.Tokenizer
+    folder: Path,  # the new bundle's folder
+) -> None:
+    "tokenizer.json, without the cutting and padding that training may have set: a bundle sets its own."
+    plain = type(tokenizer).from_str(tokenizer.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    (folder / "tokenizer.json").write_text(plain.to_str(), encoding="utf-8")
+
 # %% ../../nbs/52_bundle.export.ipynb #e07c7efd
+def _expected(
+    net: nn.Module,  # the frozen copy
+    inputs: _Rows,  # real rows
+    tta: str,  # "none" or "flip"
+    temperature: float,  # what logits are divided by
+    batch_size: int,  # rows at a time
+) -> dict[str, _Answers]:  # "" for the rows themselves, and their edges
+    "All that the exported model will be compared with; a network that fails on a row is refused here."
+    answer, what = partial(_torch_answers, net, tta=tta, temperature=temperature, batch_size=batch_size), ""
+    found = {}
+    try:
+        for what, rows in {"": inputs, **inputs.edges()}.items():
+            found[what] = answer(rows)
+            if not all(np.isfinite(part).all() for part in found[what]):
+                raise ExportError(
+                    f"net: expected finite answers to {what or f'the {inputs.kind}s given'}, found NaN or infinity. "
+                    "Its weights, its scaling or its mask are broken."
+                )
+        if isinstance(inputs, _Ids):
+            what = "a row beside a longer one"
+            _padding(answer, inputs, "the network")
+    except ExportError:
+        raise
+    except Exception as e:  # the network's code raised it: it may be anything
+        takes = "uint8 (B, C, H, W)" if inputs.kind == "image" else "int64 (B, L)"
+        raise ExportError(
+            f"net: expected a network that takes these {inputs.kind}s, {takes}, found that it fails"
+            f"{f' on {what}' if what else ''}: {type(e).__name__}: {e}"
+        ) from e
+    return found
+
+# %% ../../nbs/52_bundle.export.ipynb #72290296
 def export_bundle(
     net: nn.Module,  # the trained network: embed(uint8 (B, C, H, W)) and head(embedding)
     path: str | Path,  # the folder to make
     *,
     task: str,  # the task's name
     classes: Iterable[str],  # class names, in the order of the logits
-    images: np.ndarray,  # real images for the comparison, uint8 (N, H, W) or (N, H, W, C)
+    images: np.ndarray | None = None,  # real images for the comparison, uint8 (N, H, W) or (N, H, W, C)
+    tokens: Any = None,  # or real texts: `Tokens`, or a list of arrays of ids
+    tokenizer: Any = None,  # for texts: the tokenizers.Tokenizer that made the ids
+    max_length: int = 0,  # for texts: ids of a row, at most
+    fields: Sequence[str] = (),  # for texts: the fields of a row, in the order they are read
     model: str | None = None,  # the network's name, as `build_model` knows it
     metrics: dict[str, Any] | None = None,  # what was measured: stage/metric -> value
     run: str | None = None,  # the run that trained it
@@ -345,28 +561,30 @@ def export_bundle(
     tta: Literal["none", "flip"] = "none",  # "flip": average an image and its mirror image, inside the graph
     replace: bool = False,  # whether a bundle already at `path` gives way, when the new one is complete
     tolerance: float = 1e-4,  # largest difference of a probability between torch and onnxruntime
-    batch_size: int = 256,  # images at a time, in the comparison
-    **fields: Any,  # more fields for the manifest
+    batch_size: int = 256,  # rows at a time, in the comparison
+    **more: Any,  # more fields for the manifest, such as `calibration`
 ) -> Bundle:  # the finished bundle
-    "Export, compare with torch on real images, and put the bundle in its place; after an error nothing is left."
+    "Export, compare with torch on real rows, and put the bundle in its place; after an error nothing is left."
+    if (images is None) == (tokens is None):
+        raise ExportError("expected images, or tokens with their tokenizer and max_length, found both or neither")
+    texts = tokens is not None
+    inputs: _Rows = _given_ids(tokens, tokenizer, max_length, fields) if texts else _given_images(images)
     classes = list(classes)
-    _check_request(net, images, classes, tta, temperature)
+    _check_request(net, classes, inputs.kind, tta, temperature)
     with staged(path, replace) as new:
         _take_along(extra_files, new)
         frozen = _frozen_copy(net)
-        try:
-            expected = _torch_answers(frozen, images, tta, temperature, batch_size)
-        except RuntimeError as e:
-            raise ExportError(
-                f"net: expected a network that takes these images, uint8 (B, C, H, W), found that it fails: {e}"
-            ) from e
-        fields |= _specification(frozen, images, expected, classes)
-        fields.update(task=task, kind="image", classes=classes, model=model, metrics=metrics or {}, tta=tta)
-        fields.update(run=run, commit=commit, data_hash=data_hash, temperature=temperature)
-        _check_fields(fields, show_path(path))
-        _write_files(_Served(frozen, tta, temperature).eval(), new, images, fields)
-        draft = write_manifest(new, **fields)
-        write_manifest(new, **fields, parity=_parity(draft, images, expected, tolerance, batch_size))
+        expected = _expected(frozen, inputs, tta, temperature, batch_size)
+        more |= _specification(frozen, inputs, expected[""], classes)
+        more.update(task=task, kind=inputs.kind, classes=classes, model=model, metrics=metrics or {}, tta=tta)
+        more.update(run=run, commit=commit, data_hash=data_hash, temperature=temperature)
+        _check_fields(more, show_path(path))
+        if texts:
+            _write_tokenizer(tokenizer, new)
+            bundle_tokenizer(Bundle(new, more))  # refuses here what it would refuse in the finished bundle
+        _write_files(_Served(frozen, tta, temperature).eval(), new, inputs, more)
+        draft = write_manifest(new, **more)
+        write_manifest(new, **more, parity=_parity(draft, inputs, expected, tolerance, batch_size))
     return open_bundle(path, verify=False)
 
 # %% ../../nbs/52_bundle.export.ipynb #914468b2

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MANIFEST', 'BundleError', 'Bundle', 'write_manifest', 'open_bundle', 'staged', 'add_notebook',
-           'onnx_session', 'check_images', 'run_bundle']
+           'onnx_session', 'check_images', 'check_texts', 'bundle_tokenizer', 'run_bundle']
 
 # %% ../../nbs/50_bundle.manifest.ipynb #fe6f28dd
 import contextlib
@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,8 +28,9 @@ from ..core import environment, hash_json, human_bytes, sha256, show_path, write
 if TYPE_CHECKING:  # for type checkers only: opening a bundle needs neither
     from numpy import ndarray as _Array
     from onnxruntime import InferenceSession as _Session
+    from tokenizers import Tokenizer as _Tokenizer
 else:
-    _Array = _Session = Any
+    _Array = _Session = _Tokenizer = Any
 
 # %% ../../nbs/50_bundle.manifest.ipynb #c9038e32
 FORMAT = 1
@@ -103,21 +104,46 @@ def _is_number(value: object) -> bool:  # whether it is a finite number
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 # %% ../../nbs/50_bundle.manifest.ipynb #3c22517a
-def _input_problem(
-    spec: object,  # the manifest's `input`
-    kind: object,  # the manifest's `kind`
+def _image_problem(
+    spec: dict[str, Any],  # the manifest's `input`
 ) -> str:  # what is wrong; empty if nothing
-    "Check what the manifest says about the model's input."
-    if not (isinstance(spec, dict) and _is_text(spec.get("name")) and _is_shape(spec.get("shape"))):
+    "Check what the manifest says about images: raw bytes of one size."
+    if not _is_shape(spec.get("shape")):
         return f"input: expected name, dtype, layout and shape [null, ...], found {spec!r}"
-    if kind != "image":
-        return ""
     shape, layout = spec["shape"], spec.get("layout")
     channels = {"NHW": 1, "NHWC": shape[-1]}.get(str(layout))
     if channels is None or len(shape) != len(str(layout)):
         return f"input: expected layout 'NHW' (grey) or 'NHWC' (colour) and such a shape, found {layout!r} and {shape}"
     want, found = ("uint8", channels), (spec.get("dtype"), spec.get("channels"))
     return "" if found == want else f"input: expected dtype and channels {want}, found {found}"
+
+
+def _text_problem(
+    spec: dict[str, Any],  # the manifest's `input`
+) -> str:  # what is wrong; empty if nothing
+    "Check what the manifest says about texts: rows of ids, of any length up to one."
+    want = ("int64", "NL", [None, None])
+    if (found := (spec.get("dtype"), spec.get("layout"), spec.get("shape"))) != want:
+        return f"input: expected dtype, layout and shape {want} of a text bundle, found {found}"
+    for name, least, default in (("max_length", 1, None), ("vocabulary", 2, 2)):
+        value = spec.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            return f"input: expected {name}, a whole number of {least} or more, found {value!r}"
+    fields = spec.get("fields", [])
+    if not isinstance(fields, list) or not all(map(_is_text, fields)) or len(set(fields)) < len(fields):
+        return f"input: expected fields, a list of names, each once, found {fields!r}"
+    return ""
+
+# %% ../../nbs/50_bundle.manifest.ipynb #1f48adf9
+def _input_problem(
+    spec: object,  # the manifest's `input`
+    kind: object,  # the manifest's `kind`
+) -> str:  # what is wrong; empty if nothing
+    "Check what the manifest says about the model's input."
+    if not isinstance(spec, dict) or not _is_text(spec.get("name")):
+        return f"input: expected name, dtype, layout and shape, found {spec!r}"
+    check = {"image": _image_problem, "text": _text_problem}.get(str(kind))
+    return check(spec) if check else ""
 
 
 def _class_problem(
@@ -153,13 +179,15 @@ def _check_fields(
 ) -> None:
     "Refuse a manifest whose fields a reader could not rely on, with every problem in one message."
     m, checks = manifest, []
-    task, kind, metrics, t = m.get("task"), m.get("kind"), m.get("metrics", {}), m.get("temperature", 1.0)
+    task, kind, t = m.get("task"), m.get("kind"), m.get("temperature", 1.0)
     checks.append("" if _is_text(task) else f"task: expected a name, found {task!r}")
     checks.append("" if kind in _KINDS else f"kind: expected one of {', '.join(_KINDS)}, found {kind!r}")
     checks.append(_class_problem(m.get("classes")))
     checks.append(_input_problem(m.get("input"), kind))
     checks.append(_output_problem(m.get("outputs"), m.get("classes")))
-    checks.append("" if isinstance(metrics, dict) else f"metrics: expected names and numbers, found {metrics!r}")
+    for name in ("metrics", "calibration"):
+        value = m.get(name, {})
+        checks.append("" if isinstance(value, dict) else f"{name}: expected names and numbers, found {value!r}")
     checks.append("" if _is_number(t) and t > 0 else f"temperature: expected a number above 0, found {t!r}")
     if problems := [c for c in checks if c]:
         raise BundleError(f"{where}: the manifest cannot be used:\n  " + "\n  ".join(problems))
@@ -311,6 +339,11 @@ class Bundle:
         return self.path / "weights.safetensors"
 
     @property
+    def tokenizer(self) -> Path:
+        "What makes ids of texts, in a text bundle."
+        return self.path / "tokenizer.json"
+
+    @property
     def hash(self) -> str:
         "Identifies the whole bundle."
         return hash_json(self.manifest)
@@ -332,6 +365,9 @@ def _rows(
     yield "task", f"{m['task']} ({m['kind']})"
     yield "classes", shown.replace("|", "\\|")
     yield "input", " ".join(str(m["input"].get(k, "")) for k in ("name", "dtype", "layout")) + f" {_shape(m['input'])}"
+    if m["kind"] == "text":
+        fields, length = ", ".join(m["input"].get("fields", [])), m["input"]["max_length"]
+        yield "reads", (f"{fields}; " if fields else "").replace("|", "\\|") + f"up to {length:,} ids of a row"
     yield "outputs", "; ".join(f"{name} {o.get('dtype', '')} {_shape(o)}" for name, o in m["outputs"].items())
     if m.get("model"):
         yield (
@@ -341,11 +377,12 @@ def _rows(
     for name in ("temperature", "tta", "run", "commit", "data_hash"):
         if m.get(name) is not None:
             yield name.replace("_", " "), f"{m[name]}"[:40]
-    for name, value in (m.get("metrics") or {}).items():
+    facts = {f"calibration {k}": v for k, v in (m.get("calibration") or {}).items()}
+    for name, value in ((m.get("metrics") or {}) | facts).items():
         yield name, f"{value:.4g}" if _is_number(value) else f"{value}"
     p = m.get("parity")
     if isinstance(p, dict) and _is_number(p.get("rows")) and _is_number(p.get("largest_difference")):
-        yield "parity", f"{p['rows']} images, largest difference {p['largest_difference']:.1e}"
+        yield "parity", f"{p['rows']} rows, largest difference {p['largest_difference']:.1e}"
     for name, f in m["files"].items():
         yield name, f"{human_bytes(f['bytes'])}, sha256 `{f['sha256'][:12]}…`"
 
@@ -354,9 +391,12 @@ def _shape(
     spec: dict[str, Any],  # an input or output of the manifest
 ) -> str:  # like (N, 28, 28)
     "A shape as a person writes it."
-    return "(" + ", ".join("N" if n is None else str(n) for n in spec["shape"]) + ")"
+    return "(" + ", ".join("NL"[i] if n is None else str(n) for i, n in enumerate(spec["shape"])) + ")"
 
 # %% ../../nbs/50_bundle.manifest.ipynb #d4088107
+_NEEDED = {"image": ("model.onnx",), "text": ("model.onnx", "tokenizer.json")}  # kind -> what it cannot do without
+
+
 def write_manifest(
     path: str | Path,  # the folder, complete but for the manifest
     **fields: Any,  # the table's fields; `format` and `files` are filled in, `created` and `versions` if not given
@@ -373,9 +413,10 @@ def write_manifest(
     manifest = {"format": FORMAT, **defaults, **fields}
     _check_fields(manifest, where)
     found = _listing(path)
-    if "model.onnx" not in found:
+    if missing := [name for name in _NEEDED[fields["kind"]] if name not in found]:
         raise BundleError(
-            f"{where}: expected model.onnx in the folder, found {', '.join(found) or 'no file'}. Export first."
+            f"{where}: expected {' and '.join(missing)} in the folder, found {', '.join(found) or 'no file'}. "
+            "Export first."
         )
     for name, file in found.items():
         if name.endswith(".onnx"):
@@ -438,17 +479,18 @@ def _read_manifest(
 # %% ../../nbs/50_bundle.manifest.ipynb #1299a553
 def _check_files(
     path: Path,  # the folder
-    listed: object,  # the manifest's `files`
+    manifest: dict[str, Any],  # its manifest, with fields that were checked
     verify: bool,  # whether to read the files
 ) -> None:
     "Hold the folder against the manifest's list: the same names, sizes and hashes."
-    where, found = show_path(path), _listing(path)
+    where, found, listed = show_path(path), _listing(path), manifest.get("files")
+    needed = _NEEDED[manifest["kind"]]
     for name in listed if isinstance(listed, dict) else ():
         _check_name(name, where)
-    if not isinstance(listed, dict) or "model.onnx" not in listed:
+    if not isinstance(listed, dict) or not set(needed) <= set(listed):
         text = repr(sorted(listed) if isinstance(listed, dict) else listed)
         raise BundleError(
-            f"{where}: {MANIFEST}: expected files with model.onnx among them, found {text:.200}. "
+            f"{where}: {MANIFEST}: expected files with {' and '.join(needed)} among them, found {text:.200}. "
             "Export the bundle again."
         )
     if missing := sorted(set(listed) - set(found)):
@@ -486,7 +528,7 @@ def open_bundle(
     path = Path(path)
     manifest = _read_manifest(path)
     _check_fields(manifest, show_path(path))
-    _check_files(path, manifest.get("files"), verify)
+    _check_files(path, manifest, verify)
     return Bundle(path, manifest)
 
 # %% ../../nbs/50_bundle.manifest.ipynb #adee9201
@@ -530,10 +572,25 @@ def add_notebook(
     shutil.copyfile(Path(run) / "notebook.ipynb", bundle.path / "notebook.ipynb")
     return write_manifest(bundle.path, **bundle.manifest)
 
-# %% ../../nbs/50_bundle.manifest.ipynb #90a761d5
+# %% ../../nbs/50_bundle.manifest.ipynb #c8e26de5
+@contextlib.contextmanager
+def _in_words(
+    what: str,  # what failed, and in which file
+) -> Iterator[None]:
+    "Turn what another library raises into one error that says where it happened."
+    try:
+        yield
+    except BundleError:
+        raise
+    except BaseException as e:  # a panic in Rust arrives as a BaseException, of a class that cannot be imported
+        if isinstance(e, Exception) or type(e).__name__ == "PanicException":
+            raise BundleError(f"{what}: {' '.join(str(e).split()):.600}") from e
+        raise
+
+# %% ../../nbs/50_bundle.manifest.ipynb #09eea876
 def onnx_session(
     bundle: Bundle,  # an open bundle
-    threads: int = 0,  # threads within one operator; 0: as many as onnxruntime chooses
+    threads: int = 0,  # threads within one operator; 0: one a core; 1: where several processes share the cores
 ) -> _Session:  # ready to run on the CPU
     "Load the model into onnxruntime, and check that its inputs and outputs are those of the manifest."
     import onnxruntime
@@ -541,10 +598,8 @@ def onnx_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors only; they are raised as well
-    try:
+    with _in_words(f"{show_path(bundle.onnx)}: onnxruntime {onnxruntime.__version__} cannot load it"):
         session = onnxruntime.InferenceSession(bundle.onnx, options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # onnxruntime's exceptions have no common class of their own
-        raise BundleError(f"{show_path(bundle.onnx)}: onnxruntime {onnxruntime.__version__} cannot load it: {e}") from e
     m = bundle.manifest
     want = [m["input"]["name"]], sorted(m["outputs"])
     found = [i.name for i in session.get_inputs()], sorted(o.name for o in session.get_outputs())
@@ -555,19 +610,63 @@ def onnx_session(
         )
     return session
 
-# %% ../../nbs/50_bundle.manifest.ipynb #2b500d6b
+# %% ../../nbs/50_bundle.manifest.ipynb #b77050d2
+def _image_batches(
+    images: _Array,  # (N, ...), in memory or memory-mapped
+    size: int,  # images at a time
+) -> Iterator[tuple[Any, _Array]]:  # which rows, and what goes into the model
+    "Images in their order."
+    import numpy as np
+
+    for i in range(0, len(images), size):
+        yield slice(i, i + size), np.ascontiguousarray(images[i : i + size])
+
+
+def _answers(
+    bundle: Bundle,  # an open bundle
+    session: _Session,  # its model
+    batches: Iterable[tuple[Any, _Array]],  # which rows, and what goes into the model
+    n: int,  # rows in all batches together
+) -> tuple[_Array, _Array]:  # probabilities (n, classes) and embedding (n, E), float32
+    "Run the model on each batch, and put the answers where they belong."
+    import numpy as np
+
+    m, names, where = bundle.manifest, ["probabilities", "embedding"], show_path(bundle.onnx)
+    found = [np.empty((n, m["outputs"][name]["shape"][1]), np.float32) for name in names]
+    for rows, batch in batches:
+        with _in_words(f"{where}: onnxruntime cannot run it on a batch of {' x '.join(map(str, batch.shape))}"):
+            answers = session.run(names, {m["input"]["name"]: batch})
+        for whole, part in zip(found, answers, strict=True):
+            if np.shape(part) != (want := (len(batch), whole.shape[1])):
+                raise BundleError(f"{where}: expected one answer a row, shape {want}, found shape {np.shape(part)}.")
+            whole[rows] = part
+    return found[0], found[1]
+
+# %% ../../nbs/50_bundle.manifest.ipynb #90a761d5
+def _check_kind(
+    bundle: Bundle,  # an open bundle
+    kind: str,  # what is about to be put in: "image" or "text"
+) -> None:
+    "Refuse images for a model that reads texts, and the other way round."
+    if bundle.kind != kind:
+        raise BundleError(f"{bundle.task}: expected {bundle.kind}s, which this bundle was made for, found {kind}s")
+
+# %% ../../nbs/50_bundle.manifest.ipynb #23622b0d
 def check_images(
     bundle: Bundle,  # an open bundle of an image task
     images: _Array,  # what is about to be put in
 ) -> None:
     "Refuse anything but a batch of raw images of the size and kind the model was trained on."
+    _check_kind(bundle, "image")
     spec = bundle.manifest["input"]
     dtype, shape = getattr(images, "dtype", type(images).__name__), tuple(getattr(images, "shape", ()))
     want = spec["shape"]
     if str(dtype) == "uint8" and list(shape[1:]) == want[1:] and len(shape) == len(want):
         return
     hint = ""
-    if list(shape) == want[1:]:
+    if not hasattr(images, "dtype"):
+        hint = " Give the images as one array; texts go to a bundle of a text task."
+    elif list(shape) == want[1:]:
         hint = " One image is a batch of one: images[None]."
     elif str(dtype) != "uint8":
         hint = " The model scales them itself: give the raw pixels, 0 to 255."
@@ -580,28 +679,145 @@ def check_images(
         f"found dtype {dtype} and shape {shape}.{hint}"
     )
 
+# %% ../../nbs/50_bundle.manifest.ipynb #2b500d6b
+def _joined(
+    bundle: Bundle,  # an open bundle of a text task
+    i: int,  # the row, for the message
+    value: object,  # a string, or a dict of strings
+) -> str:  # what the model reads
+    "One row as one string."
+    names, where = bundle.manifest["input"].get("fields", []), f"{bundle.task}: row {i}"
+    if isinstance(value, Mapping):
+        if not names or set(value) != set(names) or not all(isinstance(value[name], str) for name in names):
+            found = ", ".join(f"{k}: {type(v).__name__}" for k, v in value.items())
+            want = f"the fields {', '.join(names)}, each a text ('' for none)" if names else "a text"
+            raise BundleError(f"{where}: expected {want}, found {{{found:.200}}}")
+        value = "\n".join(value[name] for name in names if value[name].strip())
+    if not isinstance(value, str):
+        raise BundleError(f"{where}: expected a text{' or a dict' if names else ''}, found {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise BundleError(f"{where}: expected text, found half of a character ({e.reason})") from e
+    return value
+
+# %% ../../nbs/50_bundle.manifest.ipynb #bccc1495
+def check_texts(
+    bundle: Bundle,  # an open bundle of a text task
+    texts: Any,  # `Texts`, a list of strings, or a list of dicts
+) -> list[str]:  # what the model reads of each row
+    "Refuse anything but rows of text with the fields the model was trained on."
+    _check_kind(bundle, "text")
+    names = bundle.manifest["input"].get("fields", [])
+    if callable(getattr(texts, "joined", None)):
+        if names and list(getattr(texts, "fields", names)) != names:
+            raise BundleError(f"{bundle.task}: expected texts of {', '.join(names)}, found {', '.join(texts.fields)}")
+        texts = texts.joined()
+    if not isinstance(texts, (list, tuple)):
+        hint = " One text is a list of one: [text]." if isinstance(texts, (str, Mapping)) else ""
+        if hasattr(texts, "tolist"):
+            hint = " An array or a column of texts becomes one with .tolist(); images go to a bundle of an image task."
+        raise BundleError(f"{bundle.task}: expected a list of texts, found {type(texts).__name__}.{hint}")
+    return [_joined(bundle, i, value) for i, value in enumerate(texts)]
+
 # %% ../../nbs/50_bundle.manifest.ipynb #58f2a3c3
-def run_bundle(
-    bundle: Bundle,  # an open bundle of an image task
-    images: _Array,  # (N, H, W) or (N, H, W, C) uint8, in memory or memory-mapped
-    batch_size: int = 256,  # images at a time
-    session: _Session | None = None,  # one that `onnx_session` made; None: a new one
-) -> tuple[_Array, _Array]:  # probabilities (N, classes) and embedding (N, E), float32
-    "The probabilities and embeddings of a batch of raw images."
+_TOKENIZER_LIMIT = 64_000_000  # bytes; the largest in use have about 35 million
+
+
+def bundle_tokenizer(
+    bundle: Bundle,  # an open bundle of a text task
+) -> _Tokenizer:  # gives each text at most `max_length` ids
+    "Read a bundle's tokenizer.json, and check that it fits the model."
+    from project.data.tokens import read_tokenizer
+
+    _check_kind(bundle, "text")
+    spec, where = bundle.manifest["input"], show_path(bundle.tokenizer)
+    with _in_words(f"{where}: it cannot be used"):
+        if (size := bundle.tokenizer.stat().st_size) > _TOKENIZER_LIMIT:
+            raise BundleError(
+                f"{where}: expected {human_bytes(_TOKENIZER_LIMIT)} at most, found {human_bytes(size)}. "
+                "Do not use this bundle."
+            )
+        tokenizer = read_tokenizer(bundle.tokenizer.read_bytes())
+        marks, ids = tokenizer.num_special_tokens_to_add(False), _vocabulary(tokenizer)
+        if marks >= spec["max_length"]:  # the library would then not cut at all
+            raise BundleError(
+                f"{where}: expected max_length above {marks}, the number of marks the tokenizer adds to each text, "
+                f"found {spec['max_length']}"
+            )
+        if ids != spec.get("vocabulary", ids):
+            raise BundleError(
+                f"{where}: expected {spec['vocabulary']:,} ids, as the model has, found {ids:,}. "
+                "It is the tokenizer of another model: fetch the bundle again."
+            )
+        tokenizer.enable_truncation(spec["max_length"])
+        tokenizer.encode_batch_fast(["", "What fits together shows only in use."])
+    return tokenizer
+
+
+def _vocabulary(
+    tokenizer: _Tokenizer,  # any tokenizer
+) -> int:  # one more than the highest
+    "How many ids a network needs a row for."
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+# %% ../../nbs/50_bundle.manifest.ipynb #17fd4d47
+_IDS = 16_384  # ids of one batch, padding included
+
+
+def _id_batches(
+    rows: Sequence[_Array],  # ids of each row
+    size: int,  # rows at a time, at most
+) -> Iterator[tuple[Any, _Array]]:  # which rows, and what goes into the model: (B, L) int64
+    "Rows of like length together, padded to the longest of them."
     import numpy as np
 
-    check_images(bundle, images)
+    from project.data.tokens import pad
+
+    lengths = np.array([len(row) for row in rows], np.int64)
+    order, start = np.argsort(lengths, kind="stable"), 0
+    while start < len(rows):
+        stop = start + 1
+        while stop < min(start + size, len(rows)) and (stop + 1 - start) * lengths[order[stop]] <= _IDS:
+            stop += 1
+        which = order[start:stop]
+        yield which, pad([rows[i] for i in which], int(lengths[which[-1]]))
+        start = stop
+
+# %% ../../nbs/50_bundle.manifest.ipynb #1ca7a499
+def _text_batches(
+    bundle: Bundle,  # an open bundle of a text task
+    tokenizer: _Tokenizer,  # its tokenizer
+    texts: list[str],  # what the model reads
+    size: int,  # rows at a time, at most
+) -> Iterator[tuple[Any, _Array]]:  # which rows, and what goes into the model
+    "Texts to batches of ids, sixteen batches' worth at a time: memory does not grow with the number of texts."
+    import numpy as np
+
+    from project.data.tokens import UNKNOWN
+
+    for start in range(0, len(texts), 16 * size):
+        with _in_words(f"{show_path(bundle.tokenizer)}: it cannot read these texts"):
+            encoded = [e.ids for e in tokenizer.encode_batch_fast(texts[start : start + 16 * size])]
+        rows = [np.array(ids if any(ids) else [UNKNOWN], np.int64) for ids in encoded]
+        for which, batch in _id_batches(rows, size):
+            yield which + start, batch
+
+# %% ../../nbs/50_bundle.manifest.ipynb #4704fa02
+def run_bundle(
+    bundle: Bundle,  # an open bundle
+    inputs: Any,  # images: (N, H, W) or (N, H, W, C) uint8; texts: `Texts`, a list of strings, or of dicts
+    batch_size: int = 256,  # rows at a time, at most
+    session: _Session | None = None,  # one that `onnx_session` made; None: a new one
+    tokenizer: _Tokenizer | None = None,  # one that `bundle_tokenizer` made; None: a new one, for a text bundle
+) -> tuple[_Array, _Array]:  # probabilities (N, classes) and embedding (N, E), float32, in the order given
+    "The probabilities and embeddings of raw images, or of texts."
     if batch_size < 1:
         raise BundleError(f"batch_size: expected 1 or more, found {batch_size}")
-    session = session or onnx_session(bundle)
-    name, out = bundle.manifest["input"]["name"], bundle.manifest["outputs"]
-    parts = [
-        session.run(["probabilities", "embedding"], {name: np.ascontiguousarray(images[i : i + batch_size])})
-        for i in range(0, len(images), batch_size)
-    ]
-    if not parts:  # no images, no answers, but of the right shape
-        return np.empty((0, out["probabilities"]["shape"][1]), np.float32), np.empty(
-            (0, out["embedding"]["shape"][1]), np.float32
-        )
-    probabilities, embedding = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return probabilities, embedding
+    if bundle.kind == "text":
+        texts = check_texts(bundle, inputs)
+        n, batches = len(texts), _text_batches(bundle, tokenizer or bundle_tokenizer(bundle), texts, batch_size)
+    else:
+        check_images(bundle, inputs)
+        n, batches = len(inputs), _image_batches(inputs, batch_size)
+    return _answers(bundle, session or onnx_session(bundle), batches, n)

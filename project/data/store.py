@@ -12,22 +12,25 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ..core import check_space, data_dir, hash_json, nearest, read_json, root, sha256, show_path
+from .cleaning import clean, group_split, pieces
+from .readers import Texts
 from .sources import Source, find, locked, published
-from .tasks import Examples, Task, get_task, stratified_split
+from .tasks import Examples, Task, get_task
 
 # %% ../../nbs/24_data.store.ipynb #29903dfe
-_FORMAT = 1  # of the manifest and the files beside it
-_FILES = ("images.npy", "labels.npy", "splits.json")
+_FORMAT = 2  # of the manifest and the files beside it
+_FILES = ("images.npy", "texts.npy", "offsets.npy", "labels.npy", "splits.json", "ids.json")
 _KEYS = {"task", "title", "kind", "classes", "rows", "shape", "files", "hash", "sources", "counts"}
 
 
@@ -44,7 +47,8 @@ def _count_table(
 ) -> str:  # a table in markdown
     "Rows by class and split."
     splits = list(counts)
-    rows = [[name, *(counts[s].get(name, 0) for s in splits)] for name in counts[splits[0]]]
+    names = dict.fromkeys(name for split in splits for name in counts[split])
+    rows = [[name, *(counts[s].get(name, 0) for s in splits)] for name in names]
     rows.append(["**all**", *(sum(counts[s].values()) for s in splits)])
     lines = [["class", *splits], ["---", *("---:" for _ in splits)]]
     lines += [[str(name), *(f"{n:,}" for n in numbers)] for name, *numbers in rows]
@@ -57,11 +61,12 @@ class Data:
 
     path: Path
     manifest: dict[str, Any]
-    images: np.ndarray  # (N, H, W) or (N, H, W, 3) unsigned bytes, memory-mapped
-    labels: np.ndarray  # (N,) positions in `classes`
-    splits: dict[str, np.ndarray]  # "train", "val", "test" -> ascending row numbers
+    images: Any  # (N, H, W) or (N, H, W, 3) unsigned bytes, memory-mapped; None for texts
+    labels: np.ndarray  # (N,) positions in `classes`; -1 for none of them, in sets of another origin
+    splits: dict[str, np.ndarray]  # "train", "val", "test", "ood-…" -> ascending row numbers
     origin: str = ""  # where a build found the files; empty if the data was there already
     dvc: str = ""  # what DVC said to a build; empty where it does not track this folder
+    texts: Texts | None = None  # memory-mapped; None for images
 
     @property
     def task(self) -> str:  # as in `get_task`
@@ -83,18 +88,32 @@ class Data:
         "The name of this content: equal for equal data, wherever it was built."
         return self.manifest["hash"]
 
+    @property
+    def inputs(self) -> Any:  # an array of images, or Texts
+        "What is learned from, whichever it is."
+        return self.images if self.texts is None else self.texts
+
+    @property
+    def ood(self) -> list[str]:  # may be empty
+        "Names of the splits that are of another origin."
+        return [name for name in self.splits if name.startswith("ood-")]
+
+    @cached_property
+    def ids(self) -> list[str]:  # a name for each row; empty where the row's number says it all
+        "Where each row came from."
+        return read_json(self.path / "ids.json") if "ids.json" in self.manifest["files"] else []
+
     def split(
         self,
-        name: str,  # "train", "val" or "test"
-    ) -> tuple[np.ndarray, np.ndarray]:  # images, labels; a view where the rows lie together
+        name: str,  # "train", "val", "test" or one of `ood`
+    ) -> tuple[Any, np.ndarray]:  # images or Texts, labels; images are a view where the rows lie together
         "The rows of one split."
         if name not in self.splits:
-            names = ", ".join(self.splits)
-            raise ValueError(f"split: expected one of {names}, got {name!r}.{nearest(name, self.splits)}")
+            known = ", ".join(self.splits)
+            raise ValueError(f"split: expected one of {known}, got {name!r}.{nearest(name, self.splits)}")
         rows = self.splits[name]
-        if rows[-1] - rows[0] + 1 == len(rows):
-            return self.images[rows[0] : rows[-1] + 1], self.labels[rows[0] : rows[-1] + 1]
-        return self.images[rows], self.labels[rows]
+        index = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
+        return self.inputs[index], self.labels[index]
 
     def verify(self) -> "Data":  # itself
         "Read every byte and compare with the manifest."
@@ -103,8 +122,8 @@ class Data:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in self.splits.items())
-        shape = "x".join(map(str, self.images.shape[1:]))
-        return f"Data({self.task}: {sizes}; {len(self.classes)} classes; {shape}; {self.hash[:12]})"
+        what = "x".join(map(str, self.images.shape[1:])) if self.texts is None else " and ".join(self.texts.fields)
+        return f"Data({self.task}: {sizes}; {len(self.classes)} classes; {what}; {self.hash[:12]})"
 
     def _repr_markdown_(self) -> str:
         return f"**{self.manifest['title']}** (`{self.hash[:12]}`)\n\n{_count_table(self.manifest['counts'])}"
@@ -194,35 +213,41 @@ def _open(
 ) -> Data:  # memory-mapped
     "Open the files one by one."
     manifest = _read_manifest(path, task)
+    images = texts = None
     try:
-        images, labels = np.load(path / "images.npy", mmap_mode="r"), np.load(path / "labels.npy")
+        labels = np.load(path / "labels.npy")
         splits = {name: np.array(rows, np.int64) for name, rows in read_json(path / "splits.json").items()}
+        if manifest["kind"] == "text":
+            blob, offsets = (np.load(path / name, mmap_mode="r") for name in ("texts.npy", "offsets.npy"))
+            texts = Texts(tuple(manifest["fields"]), blob, offsets)
+        else:
+            images = np.load(path / "images.npy", mmap_mode="r")
     except (ValueError, EOFError) as e:
         raise DataError(f"{show_path(path)}: expected whole arrays, found damage ({e}). {_again(task)} --force") from e
-    _check_arrays(path, manifest, images, labels, splits)
-    return Data(path, manifest, images, labels, splits)
+    data = Data(path, manifest, images, labels, splits, texts=texts)
+    _check_arrays(data)
+    return data
 
-
+# %% ../../nbs/24_data.store.ipynb #e19d676a
 def _check_arrays(
-    path: Path,  # named in errors
-    manifest: dict[str, Any],  # what is expected
-    images: np.ndarray,
-    labels: np.ndarray,
-    splits: dict[str, np.ndarray],
+    data: Data,  # just opened
 ) -> None:
-    "Raise unless the arrays are those that the manifest describes and no row is in two splits."
-    rows, used = manifest["rows"], np.concatenate(list(splits.values()))
-    expected = (rows, *manifest["shape"])
-    classes = len(manifest["classes"])
-    if images.shape != expected or images.dtype != np.uint8:
-        wrong = f"images of {expected} unsigned bytes, found {images.shape} {images.dtype}"
-    elif labels.shape != (rows,) or labels.dtype != np.int64 or labels.min() < 0 or labels.max() >= classes:
+    "Raise unless the arrays are those that the manifest describes."
+    rows, classes, labels = data.manifest["rows"], len(data.classes), data.labels
+    expected, wrong = (rows, *data.manifest["shape"]), ""
+    used = np.concatenate(list(data.splits.values()))
+    if data.texts is not None and (len(data.texts) != rows or (np.diff(data.texts.offsets) < 0).any()):
+        wrong = f"{rows:,} texts one after the other, found {len(data.texts):,}, or some that overlap"
+    elif data.texts is None and (data.images.shape != expected or data.images.dtype != np.uint8):
+        wrong = f"images of {expected} unsigned bytes, found {data.images.shape} {data.images.dtype}"
+    elif labels.shape != (rows,) or labels.dtype != np.int64 or labels.min() < -1 or labels.max() >= classes:
         wrong = f"{rows:,} labels from 0 to {classes - 1}, found {labels.shape} {labels.dtype}, up to {labels.max()}"
     elif used.min() < 0 or used.max() >= rows or np.bincount(used).max() > 1:
         wrong = f"splits with each row at most once, all below {rows:,}, found another row or the same one twice"
-    else:
-        return
-    raise DataError(f"{show_path(path)}: expected {wrong}. {_again(manifest['task'])} --force")
+    elif any(not len(index) or (labels[index].min() < 0 and s not in data.ood) for s, index in data.splits.items()):
+        wrong = "rows of known classes in each split, found a split without rows or a row without a class"
+    if wrong:
+        raise DataError(f"{show_path(data.path)}: expected {wrong}. {_again(data.task)} --force")
 
 # %% ../../nbs/24_data.store.ipynb #1afb3b6f
 def _statistics(
@@ -231,30 +256,24 @@ def _statistics(
 ) -> dict[str, float]:  # mean and standard deviation, as a share of full brightness
     "Mean and spread of the pixels, exact."
     counts = np.zeros(256, np.int64)
-    for start in range(0, len(rows), 2048):
-        counts += np.bincount(images[rows[start : start + 2048]].ravel(), minlength=256)
+    for _, some in pieces(images, rows):
+        for part in np.array_split(images[some].ravel(), 16):  # bincount makes eight bytes of each
+            counts += np.bincount(part, minlength=256)
     n, total, squares = (int((counts * np.arange(256) ** k).sum()) for k in range(3))
     return {"mean": total / n / 255, "std": ((n * squares - total * total) ** 0.5) / n / 255}
 
-
-def _duplicates(
-    images: np.ndarray,  # (N, …) unsigned bytes
-    labels: np.ndarray,  # (N,)
-    test: np.ndarray,  # (N,) whether a row is of the published test set
-) -> dict[str, Any]:  # for the manifest
-    "Groups of rows with identical pixels: how many, with two labels, on both sides of the published split."
-    rows = defaultdict(list)
-    for i, image in enumerate(images):
-        rows[image.tobytes()].append(i)
-    groups = [g for g in rows.values() if len(g) > 1]
-    return {
-        "method": "identical pixels",
-        "groups": len(groups),
-        "rows": sum(map(len, groups)),
-        "with_two_labels": sum(len(set(labels[g])) > 1 for g in groups),
-        "in_train_and_test": sum(len(set(test[g])) > 1 for g in groups),
-        "list": groups,
-    }
+# %% ../../nbs/24_data.store.ipynb #36093bec
+def _counts(
+    examples: Examples,  # what was read
+    splits: dict[str, np.ndarray],  # row numbers
+) -> dict[str, dict[str, int]]:  # split -> class -> rows
+    "Rows of each class in each split; those of no class are counted as none."
+    counts = {}
+    for name, rows in splits.items():
+        found = Counter(examples.labels[rows].tolist())
+        counts[name] = {c: found[i] for i, c in enumerate(examples.classes)}
+        counts[name] |= {"none": found[-1]} if found[-1] else {}
+    return counts
 
 # %% ../../nbs/24_data.store.ipynb #e9251902
 def _beside(
@@ -301,89 +320,127 @@ def _replacing(
             shutil.rmtree(litter, ignore_errors=True)
 
 # %% ../../nbs/24_data.store.ipynb #451a6019
-def _write_arrays(
+_PIECE = 1 << 24  # bytes written at once
+
+
+def _write_array(
+    f: BinaryIO,  # an open file
+    array: np.ndarray,  # in memory or mapped
+) -> None:
+    "Write an array in NumPy's format; not np.save, which does not tell a full disk from other errors."
+    header = np.lib.format.header_data_from_array_1_0(array) | {"fortran_order": False}
+    np.lib.format.write_array_header_1_0(f, header)
+    step = max(1, _PIECE * len(array) // max(array.nbytes, 1))
+    for start in range(0, len(array), step):
+        f.write(np.ascontiguousarray(array[start : start + step]).data)
+
+
+def _write_files(
     folder: Path,  # where to
-    arrays: dict[str, Any],  # file name -> array or JSON value
+    contents: dict[str, Any],  # file name -> array or JSON value
 ) -> dict[str, dict[str, Any]]:  # file name -> sha256 and size
     "Write arrays and JSON, flushed to disk, and say what was written."
-    for name, value in arrays.items():
+    for name, value in contents.items():
         try:
             with (folder / name).open("wb") as f:
-                if isinstance(value, np.ndarray):  # not np.save: it does not tell a full disk from other errors
-                    np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(value))
-                    f.write(np.ascontiguousarray(value).data)
+                if isinstance(value, np.ndarray):
+                    _write_array(f, value)
                 else:
-                    indent = None if name == "splits.json" else 1  # 70,000 numbers are not for eyes
+                    indent = 1 if name == "manifest.json" else None  # 70,000 numbers are not for eyes
                     f.write(json.dumps(value, indent=indent, ensure_ascii=False).encode() + b"\n")
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as e:
             text = f"{e.strerror or e}; free some space or choose another folder. Nothing was changed"
             raise OSError(e.errno, text, show_path(folder / name)) from e
-    return {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in arrays}
+    return {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in contents}
 
-
+# %% ../../nbs/24_data.store.ipynb #fcf299e2
 def _make_splits(
     task: Task,  # says how much to hold out, and the seed
-    examples: Examples,  # what was read
-    twins: list[list[int]],  # rows with identical pixels
+    examples: Examples,  # cleaned
+    together: list[list[int]],  # training rows that must not be torn apart
 ) -> dict[str, np.ndarray]:  # row numbers
-    "The published test set, and a validation set drawn from the rest."
-    keep = np.zeros(len(examples.labels), bool)
-    keep[[row for group in twins for row in group]] = True
-    rows = np.flatnonzero(~examples.test)
-    train, val = stratified_split(examples.labels[rows], task.validation, task.seed, keep[rows])
-    return {"train": rows[train], "val": rows[val], "test": np.flatnonzero(examples.test)}
+    "Training, validation and test rows, and those of each other origin."
+    parts = {name: np.flatnonzero(examples.part == i) for i, name in enumerate(examples.parts)}
+    labels, free, test = examples.labels, examples.part == 0, parts.pop("test", None)
+    if test is None and task.test:
+        test = group_split(labels, task.test, task.seed, together, free)[1]
+        free[test] = False
+    train, val = group_split(labels, task.validation, task.seed, together, free)
+    splits = {"train": train, "val": val} | ({} if test is None else {"test": test})
+    splits |= {name: rows for name, rows in parts.items() if name != "train" and (name == "test" or len(rows))}
+    if test is not None and not len(test):
+        raise ValueError(f"{task.name}: expected rows to test with, found none that are not blank.")
+    return splits
 
 # %% ../../nbs/24_data.store.ipynb #b59b52bb
-def _write(
+def _manifest(
     task: Task,  # what it is
     source: Source,  # where it was found
-    examples: Examples,  # what was read
-    folder: Path,  # where to
-) -> None:
-    "Write the four files of processed data."
-    duplicates = _duplicates(examples.inputs, examples.labels, examples.test)
-    splits = _make_splits(task, examples, duplicates["list"])
-    files = _write_arrays(
-        folder,
-        {
-            "images.npy": examples.inputs,
-            "labels.npy": examples.labels.astype("<i8"),
-            "splits.json": {name: rows.tolist() for name, rows in splits.items()},
-        },
-    )
-    counts = {name: Counter(examples.labels[rows].tolist()) for name, rows in splits.items()}
-    manifest = {
+    examples: Examples,  # cleaned
+    splits: dict[str, np.ndarray],  # row numbers
+    files: dict[str, dict[str, Any]],  # what was written
+    report: dict[str, Any],  # of duplicates
+) -> dict[str, Any]:  # of JSON types
+    "What the data is, where it came from, and what was left out."
+    inputs = examples.inputs
+    if isinstance(inputs, Texts):
+        kind: dict[str, Any] = {"shape": [], "fields": list(inputs.fields)}
+    else:
+        kind = {"shape": list(inputs.shape[1:]), "fields": [], "pixels": _statistics(inputs, splits["train"])}
+    hashes = {name: f["sha256"] for name, f in files.items()}
+    return {
         **_described(task),
-        "hash": hash_json([_FORMAT, task.name, examples.classes, {name: f["sha256"] for name, f in files.items()}]),
+        "hash": hash_json([_FORMAT, task.name, examples.classes, hashes]),
         "published": source.published,
         "sources": source.sha256,
         "files": files,
         "classes": list(examples.classes),
         "rows": len(examples.labels),
-        "shape": list(examples.inputs.shape[1:]),
-        "counts": {s: {c: counts[s][i] for i, c in enumerate(examples.classes)} for s in splits},
-        "pixels": _statistics(examples.inputs, splits["train"]),
-        "duplicates": duplicates,
+        **kind,
+        "counts": _counts(examples, splits),
+        "notes": dict(examples.notes),
+        "duplicates": report,
         "rejects": list(examples.rejects),
     }
-    _write_arrays(folder, {"manifest.json": manifest})
 
 
 def _described(
     task: Task,  # what is built
 ) -> dict[str, Any]:  # the part of the manifest that depends on this code alone
     "What makes other data of the same files when it changes."
-    method = "by class, smallest PCG64 keys; rows with a twin stay in train"
+    method = "by class, smallest PCG64 keys; near duplicates stay together"
     return {
         "format": _FORMAT,
         "task": task.name,
         "title": task.title,
         "kind": task.kind,
         "licence": task.licence,
-        "split": {"method": method, "validation": task.validation, "seed": task.seed},
+        "split": {"method": method, "validation": task.validation, "test": task.test, "seed": task.seed},
+        "cleaning": {"version": 1, "near_test_rows_left_out": task.near},
     }
+
+# %% ../../nbs/24_data.store.ipynb #da219062
+def _write(
+    task: Task,  # what it is
+    source: Source,  # where it was found
+    examples: Examples,  # what was read
+    folder: Path,  # where to
+) -> None:
+    "Write the files of processed data."
+    examples, report = clean(examples, task.near)
+    splits = _make_splits(task, examples, report.pop("together"))
+    inputs = examples.inputs
+    if isinstance(inputs, Texts):
+        contents: dict[str, Any] = {"texts.npy": inputs.blob, "offsets.npy": inputs.offsets.astype("<i8", copy=False)}
+    else:
+        contents = {"images.npy": inputs}
+    contents |= {"labels.npy": examples.labels.astype("<i8")}
+    contents |= {"splits.json": {name: rows.tolist() for name, rows in splits.items()}}
+    contents |= {"ids.json": list(examples.ids)} if examples.ids else {}
+    files = _write_files(folder, contents)
+    _write_files(folder, {"manifest.json": _manifest(task, source, examples, splits, files, report)})
 
 # %% ../../nbs/24_data.store.ipynb #016df712
 def _track(
@@ -409,14 +466,14 @@ def _track(
 def _current(
     path: Path,  # folder of the data
     task: Task,  # what should be there
-    hashes: dict[str, str],  # of the source files
+    hashes: dict[str, str] | None,  # of the source files; None: any
 ) -> Data | None:  # the data, if it is what a build would make
     "The data at `path`, if it is whole and was made from these files in this way."
     try:
         data = open_data(task.name, path)
     except DataError:
         return None
-    expected = {**_described(task), "sources": hashes}
+    expected = _described(task) | ({} if hashes is None else {"sources": hashes})
     return data if {key: data.manifest.get(key) for key in expected} == expected else None
 
 
@@ -444,8 +501,8 @@ def build(
     spec, path = get_task(task), Path(out or data_dir() / task)
     path = path.resolve() if path.is_symlink() else path
     setting = os.environ.get("PROJECT_SOURCE", "") if source is None else str(source)
-    usual = {f.name: f.sha256 for f in published(task).files}
-    if not (force or setting) and (data := _current(path, spec, usual)):
+    usual = {f.name: f.sha256 for f in published(task).files if f.sha256}
+    if not (force or setting) and (data := _current(path, spec, usual or None)):
         return data
     _refuse_foreign(path)
     found = find(task, setting)
@@ -454,7 +511,7 @@ def build(
         if not force and (data := _current(path, spec, found.sha256)):
             return data
         examples = spec.read(found)
-        check_space(path.parent, examples.inputs.nbytes + 32 * len(examples.labels) + 1_000_000)
+        check_space(path.parent, examples.inputs.nbytes + 200 * len(examples.labels) + 1_000_000)
         with _replacing(path) as folder:
             _write(spec, found, examples, folder)
         return replace(open_data(task, path), origin=found.origin, dvc=_track(path))

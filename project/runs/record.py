@@ -370,8 +370,9 @@ def list_runs(
     dict[str, Any]
 ]:  # records, oldest first, each with its folder as "path"; a broken one has the status "unreadable"
     "The records of all runs."
-    found = []
+    found: list[dict[str, Any]] = []
     for file in sorted(Path(root or runs_dir()).glob("*/run.json")):
+        record: dict[str, Any]
         try:
             record = _notice_death(file.parent, _read_record(file.parent))
         except (ValueError, OSError) as e:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import nearest
+from ..models.vision import ImageClassifier, freeze_
 
 # %% ../../nbs/40_train.module.ipynb #b69850ad
 _NS = (
@@ -80,11 +81,24 @@ def _adam(w: torch.Tensor, g: torch.Tensor, state: dict[str, Any], group: dict[s
     if "mean" not in state:
         state.update(mean=torch.zeros_like(w), square=torch.zeros_like(w), steps=0)
     state["steps"] += 1
+    if g.is_sparse:
+        return _adam_rows(w, g.coalesce(), state, group)
     w.mul_(1 - group["lr"] * group["weight_decay"])
     state["mean"].lerp_(g, 0.1)
     state["square"].mul_(0.999).addcmul_(g, g, value=0.001)
     root = (state["square"].sqrt() / math.sqrt(1 - 0.999 ** state["steps"])).add_(1e-8)
     w.addcdiv_(state["mean"], root, value=-group["lr"] / (1 - 0.9 ** state["steps"]))
+
+
+def _adam_rows(w: torch.Tensor, g: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    "The same for the rows of a table that a batch has used; the others wait, as in torch's SparseAdam."
+    rows, g = g.indices()[0], g.values()
+    mean = state["mean"][rows].lerp_(g, 0.1)
+    square = state["square"][rows].mul_(0.999).addcmul_(g, g, value=0.001)
+    state["mean"][rows], state["square"][rows] = mean, square
+    root = (square.sqrt() / math.sqrt(1 - 0.999 ** state["steps"])).add_(1e-8)
+    used = w[rows] * (1 - group["lr"] * group["weight_decay"])
+    w[rows] = used.addcdiv_(mean, root, value=-group["lr"] / (1 - 0.9 ** state["steps"]))
 
 
 _RULES: dict[str, _Rule] = {"muon": _muon, "sgd": _sgd, "adam": _adam}
@@ -150,6 +164,7 @@ def make_optimizer(
     lr: float = 0.15,  # peak rate; of the filters for muon
     momentum: float = 0.6,  # of muon; SGD takes 0.85 beside it, and this value alone
     weight_decay: float = 0.0,  # for sgd and adam
+    backbone_lr: float = 1.0,  # rate of all but the head, as a share of `lr`; for sgd and adam
 ) -> RuleOptimizer:  # one optimizer for all parameters that are trained
     "The optimizer for a network."
     if name not in OPTIMIZERS:
@@ -157,11 +172,14 @@ def make_optimizer(
             f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}.{nearest(name, OPTIMIZERS)}"
         )
     params = [p for p in net.parameters() if p.requires_grad]
-    if name != "muon":
-        return RuleOptimizer(
-            [{"params": params, "rule": name, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}]
-        )
     heads = {id(p) for key, p in net.named_parameters() if key.startswith("head.")}
+    if name != "muon":
+        same = {"rule": name, "momentum": momentum, "weight_decay": weight_decay}
+        if backbone_lr == 1:
+            return RuleOptimizer([{"params": params, "lr": lr, **same}])
+        body = [p for p in params if id(p) not in heads]
+        head = [p for p in params if id(p) in heads]
+        return RuleOptimizer([{"params": head, "lr": lr, **same}, {"params": body, "lr": lr * backbone_lr, **same}])
     filters = [p for p in params if p.ndim == 4]
     head = [p for p in params if id(p) in heads]
     rest = [p for p in params if p.ndim != 4 and id(p) not in heads]
@@ -196,13 +214,14 @@ def lr_schedule(
 
 # %% ../../nbs/40_train.module.ipynb #379158f2
 def probabilities(
-    net: nn.Module,  # takes (B, C, H, W) unsigned bytes, gives logits
-    x: torch.Tensor,  # (B, C, H, W)
-    tta: bool = False,  # average with the mirror image
+    net: nn.Module,  # takes (B, C, H, W) unsigned bytes, (B, L) token ids or (B, E) features; gives logits
+    x: torch.Tensor,  # what it takes
+    tta: bool = False,  # average with the mirror image, where there is one
+    temperature: float = 1.0,  # the logits are divided by it
 ) -> torch.Tensor:  # (B, classes), single precision
     "Class probabilities of a batch."
-    p = net(x).float().softmax(1)
-    return (p + net(x.flip(3)).float().softmax(1)) / 2 if tta else p
+    p = (net(x).float() / temperature).softmax(1)
+    return (p + (net(x.flip(3)).float() / temperature).softmax(1)) / 2 if tta and x.ndim == 4 else p
 
 # %% ../../nbs/40_train.module.ipynb #3c612be4
 def _chance() -> dict[str, Any]:  # only what `torch.load(weights_only=True)` takes
@@ -313,7 +332,7 @@ class _Judged(_Losses):
 
 # %% ../../nbs/40_train.module.ipynb #a1bee34c
 class Classifier(_Judged):
-    "Trains a network that turns images into logits."
+    "Trains a network that turns images, tokens or features into logits."
 
     def __init__(
         self,
@@ -323,10 +342,19 @@ class Classifier(_Judged):
         steps: int,  # of the whole run
         label_smoothing: float = 0.0,  # share of the target that goes to all classes
         tta: bool = False,  # average with the mirror image in validation
+        frozen_steps: int = 0,  # so long only the head of a pretrained network learns
     ):
         super().__init__(steps)
         self.net, self.make_optimizer, self.schedule = net, optimizer, schedule
-        self.label_smoothing, self.tta = label_smoothing, tta
+        self.label_smoothing, self.tta, self.frozen_steps = label_smoothing, tta, frozen_steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.frozen_steps:
+            frozen = self.trainer.global_step < self.frozen_steps
+            if isinstance(self.net, ImageClassifier):
+                freeze_(self.net, frozen)
+            else:
+                self.net.freeze_(frozen)  # type: ignore[operator]
 
     def model_step(
         self,
