@@ -246,7 +246,7 @@ _NGRAMS: dict[str, Any] = {"model": "ngrams", "lr": 0.01, "max_length": 512, **_
 _MINILM: dict[str, Any] = {"model": "minilm", "epochs": 2, "lr": 1e-4, "weight_decay": 0.01, "warmup": 0.1, **_TEXT}
 
 RECIPES["fake_news"] = {
-    "fast": Recipe(epochs=10, batch_size=64, word_dropout=0.1, **_NGRAMS),
+    "fast": Recipe(epochs=10, batch_size=64, **_NGRAMS),
     "minilm": Recipe(batch_size=16, max_length=512, **_MINILM),
 }
 RECIPES["fake_titles"] = {
