@@ -14,6 +14,7 @@ else
 BIN := $(VENV)/bin
 endif
 BASE := $(VENV)/base.stamp
+SERVE := $(VENV)/serve.stamp
 DEV := $(VENV)/dev.stamp
 
 # A python3 kernel of the user's own must not stand in for this environment's.
@@ -22,7 +23,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 QUIET_THREADS := GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-10000}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format notebooks lab docs bench clean
+.PHONY: help setup train serve test lint format notebooks lab docs bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +34,13 @@ setup: $(DEV) ## make .venv with everything that tests, lint and docs need
 train: $(BASE) ## train the default model: papermill nbs/train.ipynb, ARGS="-p lr 1e-3" to change it
 	@mkdir -p out
 	$(QUIET_THREADS) "$(BIN)/papermill" nbs/train.ipynb out/train.ipynb $(ARGS)
+
+serve: $(SERVE) ## serve the production models at http://127.0.0.1:8000; without one, train and promote the default first
+	@"$(BIN)/project" models show fashion_mnist >/dev/null 2>&1 || { mkdir -p out && \
+		{ "$(BIN)/project" models add fashion_mnist >/dev/null 2>&1 || \
+			$(QUIET_THREADS) "$(BIN)/papermill" nbs/train.ipynb out/train.ipynb; } && \
+		"$(BIN)/project" promote --task fashion_mnist --yes; }
+	"$(BIN)/project" serve $(ARGS)
 
 test: $(DEV) ## run every notebook and every test, with coverage; ARGS="nbs/00_core.ipynb" for one
 	"$(BIN)/pytest" $(ARGS)
@@ -74,6 +82,6 @@ clean: ## remove what was built; CLEAN_ALL=1 also data/, runs/, out/ and the env
 	$(if $(CLEAN_ALL),rm -rf data runs out wandb "$(VENV)")
 
 # An environment is made anew when its Python is gone, and installed into when settings.ini or setup.py say something new.
-$(BASE) $(DEV): $(VENV)/%.stamp: settings.ini setup.py
+$(BASE) $(SERVE) $(DEV): $(VENV)/%.stamp: settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later on PATH: install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" .ci/install.py "$(VENV)" $*

@@ -1,4 +1,4 @@
-"""Make the environment and install the project into it: `install.py VENV base|dev`. Standard library only.
+"""Make the environment and install the project into it: `install.py VENV base|serve|dev`. Standard library only.
 
 pip alone is enough. uv is faster, and is used when it is there, finds the pinned torch, and pip has no index settings
 of its own (uv does not read them). Nothing is installed again while settings.ini and setup.py say the same.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 INPUTS = ("settings.ini", "setup.py")
 NEWEST_TOO_OLD = (3, 10)
-TARGETS = {"base": ".", "dev": ".[dev]"}
+TARGETS = {"base": ".", "serve": ".[serve]", "dev": ".[dev]"}
 
 
 def run(*command, quiet=False):

@@ -4,7 +4,10 @@
 
 # %% auto #0
 __all__ = ['Check', 'app', 'data', 'data_build', 'data_show', 'run_notebook', 'runs', 'results', 'show', 'compare_runs',
-           'reproduce_run', 'params', 'verify_files', 'scan', 'doctor', 'completion']
+           'reproduce_run', 'params', 'verify_files', 'scan', 'models', 'models_list', 'models_add', 'models_show',
+           'models_verify', 'models_alias', 'models_rollback', 'models_lineage', 'models_gc', 'promote_model',
+           'serve_models', 'predict', 'predictions', 'list_predictions', 'export_predictions', 'purge_predictions',
+           'doctor', 'completion']
 
 # %% ../nbs/90_cli.ipynb #8e0d05bc
 import contextlib
@@ -12,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -453,6 +457,398 @@ def scan(files: tuple[str, ...], as_json: bool) -> None:
         click.echo(f"{len(found)} found in {len(files)} files" if found else f"nothing found in {len(files)} files")
     if found:
         raise SystemExit(1)
+
+# %% ../nbs/90_cli.ipynb #0690433c
+@app.group("models", cls=_Group)
+def models() -> None:
+    "List, check and promote registered models (`PROJECT_REGISTRY`: a folder or gs://BUCKET/FOLDER)."
+
+
+@models.command("list")
+@click.argument("task", default="")
+@click.option("--metric", default="test/acc", show_default=True, help="The metric to show.")
+@click.option("--all", "everything", is_flag=True, help="Also versions whose files were cleared away.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with manifests.")
+def models_list(task: str, metric: str, everything: bool, as_json: bool) -> None:
+    "List the versions of TASK, or of all tasks, oldest first."
+    from dataclasses import asdict
+
+    from project.bundle.registry import Registry, version_rows
+
+    registry = Registry()
+    found = registry.list(task, removed=everything)
+    if as_json:
+        click.echo(json.dumps([{"name": v.name, **asdict(v)} for v in found], indent=1))
+    elif found:
+        _table(version_rows(registry, found, metric), registry.url)
+    else:
+        click.echo(f"no versions{f' of {task}' if task else ''} in {registry.url}; `project models add` makes one")
+
+
+def _bundle_path(
+    name: str,  # a bundle's folder, a run's folder or name, or a task ("" or "last": the last run with a bundle)
+) -> Path:  # of the bundle
+    "Which bundle somebody means."
+    from project.runs.record import find_run, latest_bundle, list_runs
+
+    if name in ("", "last") or name in {r.get("task") for r in list_runs()}:
+        return latest_bundle("" if name == "last" else name)
+    path = Path(name) if Path(name).is_dir() else find_run(name)["path"]
+    return path / "bundle" if (path / "bundle").is_dir() else path
+
+
+@models.command("add")
+@click.argument("bundle", default="last")
+def models_add(bundle: str) -> None:
+    """Make a version of a bundle.
+
+    BUNDLE is a folder, a run, or a task (its last run); the last run that made a bundle unless given. The same content
+    again is the same version. What serves is the alias `production`: `project promote` moves it.
+    """
+    from project.bundle.registry import Registry
+
+    registry = Registry()
+    version = registry.add(_bundle_path(bundle))
+    click.echo(f"{version.task} {version.name}, {human_bytes(version.bytes)}, in {registry.url}")
+
+# %% ../nbs/90_cli.ipynb #22ceedef
+@models.command("show")
+@click.argument("task")
+@click.argument("version", default="production")
+@click.option("--json", "as_json", is_flag=True, help="The whole manifest.")
+def models_show(task: str, version: str, as_json: bool) -> None:
+    "Show what a version is, and the moves of its aliases."
+    from project.bundle.manifest import _rows
+    from project.bundle.registry import Registry
+
+    registry = Registry()
+    found = registry.resolve(task, version)
+    if as_json:
+        click.echo(json.dumps(found.manifest, indent=1))
+        return
+    held = [alias for alias, to in registry.aliases(task).items() if to == found.name]
+    rows = [("version", found.name), ("aliases", ", ".join(held)), ("added", f"{found.created} by {found.by}")]
+    for name, text in [*rows, *_rows(found.manifest)]:
+        click.echo(f"{name:20} {text}")
+    for alias in held:
+        for move in registry.history(task, alias):
+            way = f"{move['from'] or 'nothing'} -> {move['to'] or 'nothing'}"
+            click.echo(f"{alias:20} {move['when']} {way} by {move['who']}: {move.get('reason', '')}".rstrip(": "))
+
+# %% ../nbs/90_cli.ipynb #34b526f4
+@models.command("verify")
+@click.argument("target")
+@click.argument("version", default="production")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def models_verify(target: str, version: str, as_json: bool) -> None:
+    """Check all that a model says of itself.
+
+    TARGET is a task in the registry (VERSION: `production` unless given), or a bundle's or a run's folder. The exit
+    status is 1 if anything must be fixed.
+    """
+    from project.bundle.registry import Registry, verify_bundle
+
+    if Path(target).is_dir():
+        found = verify_bundle(_bundle_path(target))
+    else:
+        registry = Registry()
+        found = registry.verify(target, version)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        colour = {"ok": "green", "note": "yellow", "fix": "red"}
+        for row in found:
+            state = click.style(f"{row['state']:4}", fg=colour[row["state"]], bold=True)
+            click.echo(f"{state}  {row['what']:9} {row['found']}")
+    if any(row["state"] == "fix" for row in found):
+        raise SystemExit(1)
+
+
+@models.command("alias")
+@click.argument("task")
+@click.argument("version")
+@click.option("--alias", default="production", show_default=True, help="What to move.")
+@click.option("--expected", default=None, help="The version it is now; `none` for none. Refused if it is another.")
+@click.option("--reason", default="", help="Why, for the history.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def models_alias(task: str, version: str, alias: str, expected: str | None, reason: str, yes: bool) -> None:
+    """Move an alias to VERSION, without the gate.
+
+    The gate, `project promote`, compares first. If somebody else moves the alias meanwhile, nothing is done and the
+    exit status is 1.
+    """
+    from project.bundle.registry import Registry
+
+    registry = Registry()
+    to, now = registry.resolve(task, version).name, registry.aliases(task).get(alias)
+    seen = now if expected is None else None if expected == "none" else expected
+    if not yes:
+        click.confirm(f"{task}: move {alias} from {now or 'nothing'} to {to}?", abort=True)
+    registry.alias(task, alias, to, expected=seen, reason=reason)
+    click.echo(f"{task}: {alias} is {to} (it was {now or 'not set'})")
+
+# %% ../nbs/90_cli.ipynb #1bbebdb2
+@models.command("rollback")
+@click.argument("task")
+@click.option("--alias", default="production", show_default=True, help="What to move back.")
+@click.option("--reason", default="", help="Why, for the history.")
+def models_rollback(task: str, alias: str, reason: str) -> None:
+    "Move an alias back to where it stood before; once more: further back."
+    from project.bundle.registry import Registry
+
+    registry = Registry()
+    before = registry.aliases(task).get(alias)
+    now = registry.rollback(task, alias, reason=reason)
+    click.echo(f"{task}: {alias} is {now.name} (it was {before})")
+
+# %% ../nbs/90_cli.ipynb #3c6dfd40
+@models.command("lineage")
+@click.argument("task")
+@click.argument("version", default="production")
+@click.option("--json", "as_json", is_flag=True, help="The whole chain.")
+def models_lineage(task: str, version: str, as_json: bool) -> None:
+    """Say where a model comes from: run, executed notebook, commit, data, parameters.
+
+    The exit status is 1 if a link of the chain does not fit.
+    """
+    from project.bundle.registry import Registry
+
+    found = Registry().lineage(task, version)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        book, given = found["notebook"] or {}, found["parameters"] or {}
+        source = f"{book.get('source') or 'unknown'}, {book.get('status') or 'no receipt'}" if book else "none"
+        rows = {
+            "version": f"{found['version']}, added {found['added']} by {found['by']}",
+            "bundle": found["bundle"]["hash"],
+            "run": found["run"],
+            "notebook": source + (f", sha256 {book['sha256'][:12]}…" if book else ""),
+            "commit": f"{found['commit']}{', with uncommitted changes' if found['uncommitted_changes'] else ''}",
+            "data": found["data_hash"],
+            "parameters": " ".join(f"{k}={v}" for k, v in given.items() if v not in (None, "")) or None,
+        }
+        for name, text in rows.items():
+            click.echo(f"{name:12} {text or 'unknown'}")
+        for problem in found["problems"]:
+            click.secho(f"{'problem':12} {problem}", fg="red")
+    if found["problems"]:
+        raise SystemExit(1)
+
+
+@models.command("gc")
+@click.argument("task", default="")
+@click.option("--keep", default=5, show_default=True, type=click.IntRange(1), help="How many of the newest stay.")
+@click.option("--yes", is_flag=True, help="Do it; otherwise it is only shown.")
+def models_gc(task: str, keep: int, yes: bool) -> None:
+    """Clear away the files of versions that no alias needs, and what killed processes left.
+
+    Records stay, so that old predictions can be traced. The versions of aliases, and those they would go back to, are
+    kept.
+    """
+    from project.bundle.registry import Registry
+
+    found = Registry().gc(task, keep=keep, dry=not yes)
+    if found:
+        _table([{**row, "bytes": human_bytes(row["bytes"])} for row in found])
+    size = human_bytes(sum(row["bytes"] for row in found))
+    click.echo(f"{size} cleared away" if yes else f"{size} could be cleared away; --yes does it")
+
+# %% ../nbs/90_cli.ipynb #50ff77bc
+@app.command("promote")
+@click.argument("challenger", default="")
+@click.option("--task", default="", help="Task, where the challenger is to be found by it.")
+@click.option(
+    "--alias", default="production", show_default=True, help="What the champion is called, and what is moved."
+)
+@click.option(
+    "--decision",
+    "file",
+    type=click.Path(exists=True, dir_okay=False),
+    help="A decision.json: move, and do not compare again.",
+)
+@click.option(
+    "-p",
+    "--parameters",
+    "pairs",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    help="A rule or another parameter of nbs/promote.ipynb.",
+)
+@click.option("--yes", is_flag=True, help="Move the alias if the gate says promote.")
+@click.option("--json", "as_json", is_flag=True, help="The whole decision.")
+def promote_model(
+    challenger: str, task: str, alias: str, file: str | None, pairs: list[tuple[str, str]], yes: bool, as_json: bool
+) -> None:
+    """Hold CHALLENGER against the model that serves, and move the alias if the gate and you say so.
+
+    CHALLENGER is a bundle's folder, a run's id or a version; the last finished run's bundle otherwise. The gate is
+    nbs/promote.ipynb, executed into out/promote.ipynb. The exit status is 1 where it does not say promote.
+    """
+    from project.bundle.gate import approval, promote, read_decision
+    from project.bundle.registry import Registry
+
+    values = _parameters(pairs, [])
+    path = Path(file) if file else _decide(values | {"challenger": challenger, "task": task, "alias": alias})
+    decision = read_decision(path)
+    click.echo(json.dumps(decision.json(), indent=1) if as_json else str(decision))
+    if decision.verdict != "promote":
+        raise SystemExit(1)
+    asked = sys.stdin.isatty() and not as_json and not approval(yes)
+    if approval(yes) or (asked and click.confirm(f"Move {alias} of {decision.task} to it?")):
+        done = promote(Registry(values.get("registry") or None), decision, yes or asked, alias=alias)
+        told = "GitHub was told" if done["dispatch"]["sent"] else f"GitHub was not told: {done['dispatch']['why']}"
+        click.echo(f"{alias} is {done['version']} now, it was {done['previous'] or 'not set'}; {told}", err=as_json)
+    else:
+        click.echo(f"nothing was moved; `project promote --decision {show_path(path)} --yes` does", err=as_json)
+
+
+def _decide(
+    values: dict[str, Any],  # parameters of the notebook
+) -> Path:  # decision.json, in the folder of its run
+    "Execute the gate's notebook."
+    path, target = root() / "nbs" / "promote.ipynb", root() / "out" / "promote.ipynb"
+    values = {name: value for name, value in values.items() if value != ""}
+    _refuse_early(path, values)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _execute(path, target, values, None, False)
+    receipt = json.loads(target.read_text(encoding="utf-8"))["metadata"]["project"]["receipt"]
+    return runs_dir() / receipt["runs"][0]["id"] / "decision.json"
+
+# %% ../nbs/90_cli.ipynb #cc44197a
+@app.command("serve")
+@click.option(
+    "--task", "tasks", multiple=True, help="Which task; all with a production model unless given. Repeatable."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in.")
+@click.option("--port", type=click.IntRange(0, 65535), default=None, help="0 takes a free one.  [8000]")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Processes.")
+@click.option(
+    "--bundle", "bundles", multiple=True, type=click.Path(exists=True, file_okay=False), help="This folder's."
+)
+def serve_models(tasks: tuple[str, ...], host: str, port: int | None, workers: int, bundles: tuple[str, ...]) -> None:
+    """Serve the registry's production models over HTTP, with a web page at /.
+
+    With --bundle (repeatable) those folders' models, and no registry.
+    """
+    from project.serve.api import serve
+
+    serve(tasks, host, port, workers, bundles=bundles or None)
+
+# %% ../nbs/90_cli.ipynb #d4018ce8
+@app.command("predict")
+@click.argument("files", metavar="FILE…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--task", default="", help="Which task; needed where there are several.")
+@click.option(
+    "--url", default="", envvar="PROJECT_URL", help="Ask this service; otherwise the registry's model answers."
+)
+@click.option("--key", default="", envvar="PROJECT_API_KEY", help="An API key; better in the environment than here.")
+@click.option("--version", "version", default="production", help="Without --url: an alias or a version.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write a CSV here.")
+@click.option("--probabilities", is_flag=True, help="In a CSV: a column for each class.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, a line an answer.")
+def predict(
+    files: tuple[Path, ...],
+    task: str,
+    url: str,
+    key: str,
+    version: str,
+    out: Path | None,
+    probabilities: bool,
+    as_json: bool,
+) -> None:
+    """Predict images, texts and rows of CSV files; a folder stands for its files.
+
+    A CSV has a column for each of the task's fields, or a column `file` with the names of images; its answers are a
+    CSV with the same columns and more. The exit status is 1 if anything could not be predicted, and why is said.
+    """
+    from contextlib import closing
+    from dataclasses import asdict
+
+    from project.serve.client import connect, predict_csv, predict_files, write_answers
+
+    if out:
+        counts = predict_csv(files, out, task, url, key, version, probabilities=probabilities)
+        click.echo(f"{counts['rows']:,} rows in {show_path(out)}, {counts['errors']:,} without an answer")
+        raise SystemExit(bool(counts["errors"]))
+    with closing(connect(task, url, key, version)) as model:
+        answers = list(predict_files(files, model=model))  # first the bar, then the answers
+        if as_json:
+            click.echo("\n".join(json.dumps(asdict(a), ensure_ascii=False) for a in answers))
+        elif any(a.row is not None for a in answers):
+            write_answers(answers, sys.stdout, model.classes if probabilities else ())
+        else:
+            for a in answers:
+                click.echo(str(a), err=bool(a.error))
+    if any(a.error for a in answers):
+        raise SystemExit(1)
+
+# %% ../nbs/90_cli.ipynb #c8fe17b9
+@app.group(cls=_Group)
+def predictions() -> None:
+    "List, export and expire what a service has logged."
+
+
+def _log_options(
+    command: Any,  # a function with these parameters
+) -> Any:  # with the options
+    "The options that say which predictions."
+    for option in (
+        click.option("--until", default=None, metavar="TIME", help="Only before it: a date, a time, or 24h, 7d ago."),
+        click.option("--since", default=None, metavar="TIME", help="Only from it on: a date, a time, or 24h, 7d ago."),
+        click.option("--task", default="", help="Only this task."),
+        click.option("--log", default=None, metavar="URL", help="File or database URL.  [PROJECT_SERVE_LOG]"),
+    ):
+        command = option(command)
+    return command
+
+
+@predictions.command("list")
+@_log_options
+@click.option("-n", "--last", default=20, show_default=True, type=click.IntRange(1), help="Only the last so many.")
+@click.option("--json", "as_json", is_flag=True, help="Whole rows, one a line; without inputs and embeddings.")
+def list_predictions(
+    log: str | None, task: str, since: str | None, until: str | None, last: int, as_json: bool
+) -> None:
+    "List logged predictions, the newest last, with the label that was given to each."
+    from project.serve.log import PredictionTable
+
+    rows = [*PredictionTable(log).rows(task, since, until, last, newest=True)][::-1]
+    columns = ("time", "task", "version", "predicted", "confidence", "label", "id")
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps({k: v for k, v in row.items() if k not in ("embedding", "input")}))
+    elif rows:
+        shown = ({k: "" if r[k] is None else r[k] for k in columns} for r in rows)
+        _table([r | {"time": r["time"][:19], "confidence": f"{r['confidence'] or 0:.3f}"} for r in shown])
+    else:
+        click.echo("no such predictions")
+
+# %% ../nbs/90_cli.ipynb #e74a5db4
+@predictions.command("export")
+@click.argument("file", type=click.Path(dir_okay=False))
+@_log_options
+def export_predictions(file: str, log: str | None, task: str, since: str | None, until: str | None) -> None:
+    "Write logged predictions to a Parquet FILE."
+    from project.serve.log import PredictionTable
+
+    click.echo(f"{PredictionTable(log).export(file, task, since, until)} predictions in {show_path(file)}")
+
+
+@predictions.command("purge")
+@click.option("--days", type=click.FloatRange(0), required=True, help="Delete what is older than this.")
+@click.option("--log", default=None, metavar="URL", help="File or database URL.  [PROJECT_SERVE_LOG]")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def purge_predictions(days: float, log: str | None, yes: bool) -> None:
+    "Delete old predictions and the feedback on them."
+    from project.serve.log import PredictionTable
+
+    table = PredictionTable(log)
+    n = table.count(until=time.time() - days * 86400)
+    if n and not yes:
+        click.confirm(f"Delete {n} of {table.count()} predictions, those older than {days:g} days?", abort=True)
+    click.echo(f"{table.purge(days)} predictions deleted")
 
 # %% ../nbs/90_cli.ipynb #eba94932
 Check = tuple[str, str, str]  # ok | note | fix, what was looked at, what was found (and what to do)

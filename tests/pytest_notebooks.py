@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 600  # for one notebook; far above what any takes, so that only a hang meets it
 OWN_GROUP = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}  # a new process group
 SMOKE = {"limit_batches": "5"}  # parameters that make a run small, given to notebooks that have them
-NEEDS = {"evaluate.ipynb": "train.ipynb"}  # a notebook that works on what another one leaves
+NEEDS = {
+    "evaluate.ipynb": "train.ipynb",
+    "promote.ipynb": "train.ipynb",
+}  # a notebook that works on what another one leaves
 
 
 def isolated_environment(folder):
@@ -30,6 +33,7 @@ def isolated_environment(folder):
         "PROJECT_DATA": "data",
         "PROJECT_RUNS": "runs",
         "PROJECT_CACHE": "cache",
+        "PROJECT_REGISTRY": "registry",
         "WANDB_DIR": "wandb",
         "WANDB_CACHE_DIR": "wandb",
         "WANDB_CONFIG_DIR": "wandb",

@@ -428,6 +428,57 @@ def test_scan_knows_all_of_onnx():
     assert onnx.TensorProto.DEFAULT == 0
 
 
+def bare(number, content):
+    """One protobuf field, with a number that may be written longer than it need be."""
+    head = b""
+    for n in (number << 3 | 2, len(content)):
+        while n > 127:
+            head, n = head + bytes([n & 127 | 128]), n >> 7
+        head += bytes([n])
+    return head + content
+
+
+@pytest.mark.parametrize("high", [0, 1 << 29, 7 << 29])
+def test_field_numbers_that_only_protobuf_understands(folder, high):
+    """onnxruntime drops a field number's upper bits: with them, external data would pass by as an unknown field."""
+    import onnxruntime
+
+    model = toy()
+    sign = model.graph.initializer[1]
+    sign.ClearField("float_data")
+    np.array([1.0, -1.0], np.float32).tofile(folder / "outside")
+    location = bare(13 | high, bare(1, b"location") + bare(2, b"outside"))
+    tensor = sign.SerializeToString() + location + b"\x70\x01"
+    del model.graph.initializer[1]
+    graph = model.graph.SerializeToString() + bare(5, tensor)
+    model.ClearField("graph")
+    content = model.SerializeToString() + bare(7, graph)
+    (folder / "model.onnx").write_bytes(content)
+    assert onnxruntime.InferenceSession(folder / "model.onnx"), "it reads the file outside, so the refusal matters"
+    (folder / "outside").unlink()
+    with pytest.raises(BundleError, match=r"external data|a field number that is too long"):
+        write_manifest(folder, **fields())
+
+
+def test_operator_that_reads_files(folder):
+    node = helper.make_node(
+        "EPContext", ["pixels"], ["c"], domain="com.microsoft", ep_cache_context="../c", embed_mode=0
+    )
+    (folder / "model.onnx").write_bytes(toy(nodes=[node]).SerializeToString())
+    with pytest.raises(BundleError, match="the operator EPContext, which reads other files"):
+        write_manifest(folder, **fields())
+    known = {f.name: f.number for f in onnx.NodeProto.DESCRIPTOR.fields}
+    assert m._ONNX["NodeProto"][known["op_type"]] == "operator"
+
+
+def test_a_model_that_was_not_verified_is_looked_at_before_it_is_loaded(folder):
+    content = toy(initializers=[outside(number())]).SerializeToString()
+    (folder / "model.onnx").write_bytes(content)
+    edit(folder, lambda found: found["files"]["model.onnx"].update(bytes=len(content)))
+    with pytest.raises(BundleError, match="external data"):
+        onnx_session(open_bundle(folder, verify=False))
+
+
 # --- running
 
 

@@ -199,7 +199,7 @@ _ONNX: dict[str, dict[int, str]] = {
     "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
     "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
     "FunctionProto": {7: "NodeProto", 9: "OperatorSetIdProto", 10: "domain", 11: "AttributeProto"},
-    "NodeProto": {5: "AttributeProto", 7: "domain"},
+    "NodeProto": {4: "operator", 5: "AttributeProto", 7: "domain"},
     "AttributeProto": {
         5: "TensorProto",
         6: "GraphProto",
@@ -213,6 +213,7 @@ _ONNX: dict[str, dict[int, str]] = {
     "TensorProto": {13: "external", 14: "external"},
 }
 _DOMAINS = {b"", b"ai.onnx", b"ai.onnx.ml", b"com.microsoft"}
+_READERS = {b"EPContext"}  # built in, and reads a compiled model from a path that the graph names
 
 # %% ../../nbs/50_bundle.manifest.ipynb #b137fa50
 def _varint(
@@ -242,6 +243,8 @@ def _proto_fields(
     "The fields of one protobuf message, in order, without copying their content."
     while at < stop:
         tag, at = _varint(data, at, stop)
+        if tag >= 1 << 32:  # the protobuf library would drop the upper bits, and see another field than we do
+            raise IndexError(f"a field number that is too long before byte {at}")
         wire, value, start = tag & 7, 0, at
         if wire == 0:
             value, at = _varint(data, at, stop)
@@ -269,6 +272,8 @@ def _scan_onnx(
             if what == "domain" and bytes(data[a:b]) not in _DOMAINS:
                 domain = bytes(data[a:b])[:80].decode("utf-8", "replace")
                 return f"operators of the domain {domain!r}, which is not part of onnxruntime"
+            if what == "operator" and bytes(data[a:b]) in _READERS:
+                return f"the operator {bytes(data[a:b]).decode()}, which reads other files"
             if what == "external" and (number == 13 or value != 0):
                 return "weights that lie in another file (external data)"
             if what in _ONNX:
@@ -595,6 +600,7 @@ def onnx_session(
     "Load the model into onnxruntime, and check that its inputs and outputs are those of the manifest."
     import onnxruntime
 
+    _check_onnx(bundle.onnx)  # again: `verify=False` left it out
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors only; they are raised as well
