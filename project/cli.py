@@ -461,7 +461,7 @@ def scan(files: tuple[str, ...], as_json: bool) -> None:
 # %% ../nbs/90_cli.ipynb #0690433c
 @app.group("models", cls=_Group)
 def models() -> None:
-    "List, check and promote registered models (`PROJECT_REGISTRY`: a folder or gs://BUCKET/FOLDER)."
+    "List, check and promote registered models."
 
 
 @models.command("list")
@@ -681,7 +681,7 @@ def models_gc(task: str, keep: int, yes: bool) -> None:
 def promote_model(
     challenger: str, task: str, alias: str, file: str | None, pairs: list[tuple[str, str]], yes: bool, as_json: bool
 ) -> None:
-    """Hold CHALLENGER against the model that serves, and move the alias if the gate and you say so.
+    """Hold CHALLENGER against the model that serves, and promote it on a yes.
 
     CHALLENGER is a bundle's folder, a run's id or a version; the last finished run's bundle otherwise. The gate is
     nbs/promote.ipynb, executed into out/promote.ipynb. The exit status is 1 where it does not say promote.

@@ -23,6 +23,7 @@ OWN_GROUP = {"start_new_session": True} if os.name == "posix" else {"creationfla
 SMOKE = {"limit_batches": "5"}  # parameters that make a run small, given to notebooks that have them
 NEEDS = {
     "evaluate.ipynb": "train.ipynb",
+    "loadtest.ipynb": "train.ipynb",
     "promote.ipynb": "train.ipynb",
 }  # a notebook that works on what another one leaves
 

@@ -177,3 +177,43 @@ def test_show_compare_and_scan(call, tmp_path):
     done = call("scan", str(tmp_path / "key.txt"))
     assert done.exit_code == 1 and key not in done.output and "1 found in 1 files" in done.output
     assert call("scan", str(tmp_path / "page.html")).exit_code == 0
+
+
+def test_the_life_of_a_model(call, tmp_path, monkeypatch):
+    """Added, listed, made production, asked, replaced, rolled back, traced, cleared away."""
+    served = pytest.importorskip("serve_process")
+    monkeypatch.setenv("PROJECT_REGISTRY", str(tmp_path / "registry"))
+    for sharpness in (4.0, 2.0):
+        added = call("models", "add", str(served.image_bundle(tmp_path / f"b{sharpness}", sharpness).path))
+        assert added.exit_code == 0, added.output
+    assert call("models", "list", "brightness").output.count("brightness") == 2
+    assert "there are latest, v1-" in call("models", "show", "brightness").output  # no production yet
+    assert call("models", "alias", "brightness", "v1", "--yes").exit_code == 0
+    assert call("models", "alias", "brightness", "v2", "--yes", "--expected", "none").exit_code == 1  # it is v1 now
+    assert call("models", "alias", "brightness", "v2", "--yes", "--reason", "softer").exit_code == 0
+    assert "softer" in call("models", "show", "brightness").output
+    picture = tmp_path / "bright.png"
+    picture.write_bytes(served.png(250))
+    said = call("predict", str(picture), "--json")
+    assert said.exit_code == 0 and json.loads(said.output)["prediction"]["class"] == "bright", said.output
+    assert call("predict", str(tmp_path / "none.png")).exit_code == 1
+    back = call("models", "rollback", "brightness")
+    assert back.exit_code == 0 and "production is v1-" in back.output
+    assert "v1-" in call("models", "lineage", "brightness").output
+    assert "ok    files" in call("models", "verify", "brightness").output
+    assert "--yes does it" in call("models", "gc", "brightness", "--keep", "1").output
+
+
+def test_predictions_are_listed_exported_and_expired(call, tmp_path):
+    log = pytest.importorskip("project.serve.log")
+    url = f"sqlite:///{tmp_path / 'log.db'}"
+    with_thread = log.PredictionLog(url)
+    with_thread.start()
+    row = {"id": log.new_id(), "task": "shades", "version": "v1", "predicted": "dark", "confidence": 0.75}
+    assert with_thread.put(row)
+    with_thread.close()
+    listed = call("predictions", "list", "--log", url)
+    assert listed.exit_code == 0 and row["id"] in listed.output and "0.750" in listed.output
+    assert call("predictions", "export", str(tmp_path / "log.parquet"), "--log", url).output.startswith("1 ")
+    assert call("predictions", "purge", "--days", "0", "--yes", "--log", url).output.startswith("1 ")
+    assert "no such" in call("predictions", "list", "--log", url).output
