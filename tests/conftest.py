@@ -1,6 +1,7 @@
 """Fixtures for every test: folders of its own, and the process's global state as it was before."""
 
 import random
+import subprocess
 import sys
 
 import pytest
@@ -46,3 +47,19 @@ def root():
 def samples():
     """The folder of committed samples: `<task>/<published file>`."""
     return ROOT / "tests" / "samples"
+
+
+@pytest.fixture
+def small_disk(request, tmp_path):
+    """A file system of a megabyte, or of the size that a test names by `parametrize(..., indirect=True)`."""
+    folder, size = tmp_path / "small", getattr(request, "param", "1m")
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    try:
+        made = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        made = False
+    if not made:
+        pytest.skip("no small file system can be mounted here (it needs root)")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

@@ -171,18 +171,6 @@ def test_an_error_in_a_cell(tmp_path):
     check_end(e, "failed", "ZeroDivisionError: division by zero")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip("no small file system can be mounted here (it needs root)")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_the_disk_is_full(tmp_path, small_disk):
     # the executed notebook and the run's folder are on the same full disk
     (tmp_path / "runs").symlink_to(small_disk / "runs")

@@ -258,21 +258,7 @@ def test_damaged_files(metrics):
     assert samples(metrics) == found
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one and a half megabytes."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    try:
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", folder], capture_output=True)
-    except OSError:
-        made = None
-    if made is None or made.returncode:
-        pytest.skip("no small file system can be mounted here (it needs root)")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["1536k"], indirect=True)
 def test_the_disk_is_full(small_disk):
     """What is reserved can be written; who finds no room counts alone; the dead keep their files till there is room."""
     process = worker(small_disk / "m", n=10, seconds=60)
