@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from locust import FastHttpUser, constant, events, task
+
 from project.serve.load import data_samples, judge, pick_task, served_samples
 
 SOURCE = Path(__file__).resolve().parents[1] / "samples"
