@@ -42,8 +42,9 @@ serve: $(SERVE) ## serve the production models at http://127.0.0.1:8000; without
 		"$(BIN)/project" promote --task fashion_mnist --yes; }
 	"$(BIN)/project" serve $(ARGS)
 
+# all of them beside each other, a file at a time; what ARGS names runs alone
 test: $(DEV) ## run every notebook and every test, with coverage; ARGS="nbs/00_core.ipynb" for one
-	"$(BIN)/pytest" $(ARGS)
+	"$(BIN)/pytest" $(or $(ARGS),-n logical --maxprocesses 4 --dist loadfile)
 
 # ruff reads notebooks itself; mypy through nbqa adds names, attributes and calls in lessons and runs. What they export is checked
 # strictly in project/; a lesson may show a wrong type, index an optional value, and define a name again.

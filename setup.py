@@ -20,7 +20,7 @@ def requirements(key: str) -> list[str]:
 
 extras = {name: requirements(f"{name}_requirements") for name in EXTRAS}
 # tests run all that runs on one machine
-extras["dev"] += extras["serve"] + extras["docs"] + extras["kaggle"] + extras["pretrained"]
+extras["dev"] += extras["serve"] + extras["docs"] + extras["kaggle"] + extras["pretrained"] + extras["frontend"]
 extras["all"] = sorted({line for lines in extras.values() for line in lines})
 
 setup(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Check', 'app', 'data', 'data_build', 'data_show', 'run_notebook', 'runs', 'results', 'show', 'compare_runs',
            'reproduce_run', 'params', 'verify_files', 'scan', 'models', 'models_list', 'models_add', 'models_show',
-           'models_verify', 'models_alias', 'models_rollback', 'models_lineage', 'models_gc', 'promote_model',
-           'serve_models', 'predict', 'predictions', 'list_predictions', 'export_predictions', 'purge_predictions',
-           'doctor', 'completion']
+           'models_verify', 'models_alias', 'models_rollback', 'models_compress', 'models_lineage', 'models_gc',
+           'models_mirror', 'promote_model', 'serve_models', 'predict', 'predictions', 'list_predictions',
+           'export_predictions', 'purge_predictions', 'doctor', 'completion']
 
 # %% ../nbs/90_cli.ipynb #8e0d05bc
 import contextlib
@@ -18,12 +18,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .core import _cores, cache_dir, data_dir, git_state, human_bytes, root, runs_dir, show_path
+
+if TYPE_CHECKING:
+    from project.bundle.registry import Registry
 
 # %% ../nbs/90_cli.ipynb #2d81c8b1
 class _Group(click.Group):
@@ -497,6 +501,18 @@ def _bundle_path(
     return path / "bundle" if (path / "bundle").is_dir() else path
 
 
+def _follow(
+    registry: "Registry",  # that was changed
+    *tasks: str,  # where
+) -> None:
+    "Show in W&B what was changed, where W&B is used; what was done stays done in any case."
+    from project.bundle.mirror import follow
+
+    for task in tasks:
+        if line := follow(registry, task):
+            click.echo(line, err=True)
+
+
 @models.command("add")
 @click.argument("bundle", default="last")
 def models_add(bundle: str) -> None:
@@ -510,6 +526,7 @@ def models_add(bundle: str) -> None:
     registry = Registry()
     version = registry.add(_bundle_path(bundle))
     click.echo(f"{version.task} {version.name}, {human_bytes(version.bytes)}, in {registry.url}")
+    _follow(registry, version.task)
 
 # %% ../nbs/90_cli.ipynb #22ceedef
 @models.command("show")
@@ -586,6 +603,7 @@ def models_alias(task: str, version: str, alias: str, expected: str | None, reas
         click.confirm(f"{task}: move {alias} from {now or 'nothing'} to {to}?", abort=True)
     registry.alias(task, alias, to, expected=seen, reason=reason)
     click.echo(f"{task}: {alias} is {to} (it was {now or 'not set'})")
+    _follow(registry, task)
 
 # %% ../nbs/90_cli.ipynb #1bbebdb2
 @models.command("rollback")
@@ -600,6 +618,31 @@ def models_rollback(task: str, alias: str, reason: str) -> None:
     before = registry.aliases(task).get(alias)
     now = registry.rollback(task, alias, reason=reason)
     click.echo(f"{task}: {alias} is {now.name} (it was {before})")
+    _follow(registry, task)
+
+# %% ../nbs/90_cli.ipynb #6f00c6bc
+@models.command("compress")
+@click.argument("bundle", default="last")
+@click.option("--out", type=click.Path(file_okay=False), help="The folder to make; beside the bundle unless given.")
+@click.option("--anyway", is_flag=True, help="Write one that loses accuracy, too.")
+def models_compress(bundle: str, out: str | None, anyway: bool) -> None:
+    """Make a bundle with int8 arithmetic of BUNDLE: a folder, a run, or a task (its last run).
+
+    Ranges are found with rows of the training split, and the answers compared on the validation split; one that loses
+    accuracy is not written. `project models add` and `project promote` take it like any other.
+    """
+    from project.bundle.compress import quantize
+    from project.bundle.manifest import open_bundle
+    from project.data.store import open_data
+
+    old = open_bundle(_bundle_path(bundle))
+    new = quantize(old, out or old.path.with_name(f"{old.path.name}-int8"), open_data(old.task), anyway=anyway)
+    facts = new.manifest["compression"]
+    accuracy, size = facts["agreement"]["accuracy"], facts["bytes"]
+    faster = ", ".join(f"{v['faster']:.1f}" for k, v in facts["speed"].items() if k.startswith("batch"))
+    click.echo(f"{show_path(new.path)}: {human_bytes(size['after'])} for {human_bytes(size['before'])}")
+    click.echo(f"validation accuracy {accuracy['before']:.4f} before, {accuracy['after']:.4f} after")
+    click.echo(f"{faster} times as fast here, by one row and by sixteen, on one thread")
 
 # %% ../nbs/90_cli.ipynb #3c6dfd40
 @models.command("lineage")
@@ -648,11 +691,39 @@ def models_gc(task: str, keep: int, yes: bool) -> None:
     """
     from project.bundle.registry import Registry
 
-    found = Registry().gc(task, keep=keep, dry=not yes)
+    registry = Registry()
+    found = registry.gc(task, keep=keep, dry=not yes)
     if found:
         _table([{**row, "bytes": human_bytes(row["bytes"])} for row in found])
     size = human_bytes(sum(row["bytes"] for row in found))
     click.echo(f"{size} cleared away" if yes else f"{size} could be cleared away; --yes does it")
+    if yes:
+        _follow(registry, *dict.fromkeys(row["task"] for row in found if row["what"] == "version"))
+
+# %% ../nbs/90_cli.ipynb #65b5875a
+@models.command("mirror")
+@click.option("--task", default="", help="Only this one.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def models_mirror(task: str, as_json: bool) -> None:
+    """Bring W&B up to date with the registry.
+
+    It is done after every change where WANDB_API_KEY is set; this catches up after a time without a key or a network.
+    The exit status is 1 if W&B lacks something in the end, or could not be asked.
+    """
+    from project.bundle.mirror import sync
+    from project.bundle.registry import Registry
+
+    registry = Registry()
+    found = sync(registry, task)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in found], indent=1))
+    else:
+        for row in found:
+            click.echo(str(row))
+        if not found:
+            click.echo(f"no versions in {registry.url}; `project models add` makes one")
+    if any(row.behind or row.why for row in found):
+        raise SystemExit(1)
 
 # %% ../nbs/90_cli.ipynb #50ff77bc
 @app.command("promote")
@@ -686,7 +757,7 @@ def promote_model(
     CHALLENGER is a bundle's folder, a run's id or a version; the last finished run's bundle otherwise. The gate is
     nbs/promote.ipynb, executed into out/promote.ipynb. The exit status is 1 where it does not say promote.
     """
-    from project.bundle.gate import approval, promote, read_decision
+    from project.bundle.gate import approval, find_challenger, promote, read_decision
     from project.bundle.registry import Registry
 
     values = _parameters(pairs, [])
@@ -697,9 +768,12 @@ def promote_model(
         raise SystemExit(1)
     asked = sys.stdin.isatty() and not as_json and not approval(yes)
     if approval(yes) or (asked and click.confirm(f"Move {alias} of {decision.task} to it?")):
-        done = promote(Registry(values.get("registry") or None), decision, yes or asked, alias=alias)
+        registry = Registry(values.get("registry") or None)
+        given = find_challenger(challenger, decision.task) if Path(challenger or "?").is_dir() else None
+        done = promote(registry, decision, yes or asked, given, alias)
         told = "GitHub was told" if done["dispatch"]["sent"] else f"GitHub was not told: {done['dispatch']['why']}"
         click.echo(f"{alias} is {done['version']} now, it was {done['previous'] or 'not set'}; {told}", err=as_json)
+        _follow(registry, decision.task)
     else:
         click.echo(f"nothing was moved; `project promote --decision {show_path(path)} --yes` does", err=as_json)
 

@@ -50,20 +50,21 @@ def notebook(text):
     return json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
 
 
-def image_bundle(path, sharpness=4.0, size=28, work=0, task="brightness"):
+def image_bundle(path, sharpness=4.0, size=28, work=0, task="brightness", classes=CLASSES):
     """Calls an image bright or dark by its mean, the surer the sharper; `work` makes it slow."""
     path.mkdir(parents=True)
     value, node = helper.make_tensor_value_info, helper.make_node
-    big = np.eye(max(work, 1), dtype=np.float32)
+    steps = 8 if work else 0  # multiplications that change nothing, and that cannot be done beforehand
     nodes = [
         node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
         node("Flatten", ["pixels"], ["rows"]),
         node("ReduceMean", ["rows", "axis"], ["embedding"], keepdims=1),
         node("Sub", ["embedding", "half"], ["above"]),
         node("Mul", ["above", "sign"], ["scores"]),
-        *[node("MatMul", ["big" if i == 0 else f"big{i}", "big"], [f"big{i + 1}"]) for i in range(4 if work else 0)],
+        *([node("MatMul", ["rows", "nothing"], ["w0"])] if work else []),
+        *[node("MatMul", [f"w{i}", "same"], [f"w{i + 1}"]) for i in range(steps)],
         *(
-            [node("ReduceMax", ["big4"], ["one"], keepdims=0), node("Mul", ["scores", "one"], ["logits"])]
+            [node("ReduceMax", [f"w{steps}", "axis"], ["zero"]), node("Add", ["scores", "zero"], ["logits"])]
             if work
             else []
         ),
@@ -73,7 +74,8 @@ def image_bundle(path, sharpness=4.0, size=28, work=0, task="brightness"):
         numpy_helper.from_array(np.array([127.5], np.float32), "half"),
         numpy_helper.from_array(np.array([[sharpness, -sharpness]], np.float32) / 127.5, "sign"),
         numpy_helper.from_array(np.array([1], np.int64), "axis"),
-        *([numpy_helper.from_array(big, "big")] if work else []),
+        *([numpy_helper.from_array(np.zeros((size**2, work), np.float32), "nothing")] if work else []),
+        *([numpy_helper.from_array(np.eye(work, dtype=np.float32), "same")] if work else []),
     ]
     outputs = [value("probabilities", 1, ["batch", 2]), value("embedding", 1, ["batch", 1])]
     inputs = [value("images", TensorProto.UINT8, ["batch", size, size])]
@@ -82,10 +84,10 @@ def image_bundle(path, sharpness=4.0, size=28, work=0, task="brightness"):
     pixels = np.stack([np.full((size, size), v, np.uint8) for v in (250, 5)])
     np.savez(path / "samples.npz", inputs=pixels, labels=np.array([0, 1]))
     spec = {"name": "images", "dtype": "uint8", "layout": "NHW", "shape": [None, size, size], "channels": 1}
-    return _written(path, task, "image", CLASSES, spec, 1)
+    return _written(path, task, "image", classes, spec, 1)
 
 
-def text_bundle(path, task="news"):
+def text_bundle(path, task="news", fields=("title", "text")):
     """Calls a text good or bad by its words."""
     path.mkdir(parents=True)
     value, node = helper.make_tensor_value_info, helper.make_node
@@ -105,9 +107,10 @@ def text_bundle(path, task="news"):
     made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(["[PAD]"])
     (path / "tokenizer.json").write_text(made.to_str(), encoding="utf-8")
-    np.savez(path / "samples.npz", texts=np.array([["Good", "good"], ["Bad, bad", "bad"]]), labels=np.array([1, 0]))
+    rows = [["Good", "good"], ["Bad, bad", "bad"]]
+    np.savez(path / "samples.npz", texts=np.array([row[: len(fields)] for row in rows]), labels=np.array([1, 0]))
     spec = {"name": "ids", "dtype": "int64", "layout": "NL", "shape": [None, None], "max_length": 64}
-    spec |= {"fields": ["title", "text"], "vocabulary": len(WORDS)}
+    spec |= {"fields": [*fields], "vocabulary": len(WORDS)}
     return _written(path, task, "text", ["fake", "real"], spec, 2)
 
 

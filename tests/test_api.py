@@ -480,8 +480,13 @@ def test_production_needs_a_key(tmp_path):
             assert server.client.get("/models", headers=headers).status_code == 200
         document = server.client.get("/openapi.json", headers={"x-api-key": key}).json()
         assert document["security"]
+        said = server.client.post("/predict/news", json={"title": "Good", "text": "zebra good bad"}, headers=headers)
+        assert said.status_code == 200
         assert key not in server.errors() and key not in server.out.read_text(encoding="utf-8")
         assert server.client.get("/docs", headers={"x-api-key": key}).status_code == 404
+    (row,) = PredictionLog(tmp_path / "log.db").rows()
+    assert row["client"] and hashed.startswith(row["client"])  # whose key it was, and not where they are
+    assert row["features"]["unknown"] == 0.25  # one word of four
 
 
 def test_production_without_keys_does_not_start(tmp_path):

@@ -36,6 +36,9 @@ def records(folder: Path) -> list:
     from wandb.proto import wandb_internal_pb2
 
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    end = time.monotonic() + 10
+    while file.stat().st_size <= 7 and time.monotonic() < end:  # wandb-core closes it a moment after `finish` is over
+        time.sleep(0.05)
     raw, at, piece, found = file.read_bytes(), 7, b"", []  # the file's own header is 7 bytes as well
     while at + 7 <= len(raw):
         if 32768 - at % 32768 < 7:  # what is left of a block cannot hold a header

@@ -1,7 +1,9 @@
-"""A stand-in for the W&B server: enough of its protocol for one online session, and it keeps all that arrives.
+"""A stand-in for the W&B server: enough of its protocol for online sessions, and it keeps all that arrives.
 
 A real `wandb` (0.31) talks to it over HTTP: GraphQL for runs and artifacts, `file_stream` for metric rows, and one
-address for each file it uploads. What the stand-in has no answer for is noted in `unknown` and answered with nothing.
+address for each file it uploads. Artifacts lie in collections: in a project, where they were logged, and in a registry
+of the organization, where they are linked. In a collection an alias is one version's, and the same content is one
+version. What the stand-in has no answer for is noted in `unknown` and answered with nothing.
 """
 
 import gzip
@@ -19,15 +21,21 @@ class WandbServer:
     def __init__(self):
         self.runs, self.rows, self.files, self.artifacts = {}, {}, {}, {}
         self.ends, self.unknown, self.failures, self.keys = {}, [], [], set()
-        self.refused = set()  # operations that are answered with an error; "everything": nothing is answered well
+        self.refused = set()  # operations that are answered with an error; "everything"; "files": uploads
+        self.collections = {}  # (entity, project, collection) -> {"members": ids of artifacts, "aliases": alias -> id}
+        self.organization = "org"  # what the entity `us` belongs to; None: it is somebody's own account
+        self.asked = []  # operations, in the order they came
+        self.silent = threading.Event()  # set: a request is never answered
+        self.closing = threading.Event()
 
     def __enter__(self):
         self.http = _Quiet(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_": self}))
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
+        self.closing.set()
         self.http.shutdown()
         self.http.server_close()
 
@@ -60,9 +68,14 @@ class WandbServer:
         return {"project": {"artifact": None}}
 
     def CreateArtifact(self, input):  # noqa: N802, A002
-        at = f"a{len(self.artifacts)}"
-        self.artifacts[at] = {**input, "files": {}, "state": "PENDING"}
-        made = {"id": at, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+        where = (input["entityName"], input["projectName"], input["artifactCollectionName"])
+        same = [k for k, a in self.artifacts.items() if (a["where"], a["digest"]) == (where, input["digest"])]
+        at = same[0] if same else f"a{len(self.artifacts)}"
+        if not same:
+            self.artifacts[at] = {**input, "files": {}, "state": "PENDING", "where": where}
+        elif self.artifacts[at]["state"] == "COMMITTED":
+            self._name(at, input["aliases"], where)
+        made = {"id": at, "state": self.artifacts[at]["state"], "artifactSequence": {"latestArtifact": None}}
         return {"createArtifact": {"artifact": made}}
 
     def CreateArtifactManifest(self, artifactID, name, **_):  # noqa: N802, N803
@@ -78,8 +91,108 @@ class WandbServer:
         return {"createArtifactFiles": {"files": {"edges": found}}}
 
     def CommitArtifact(self, artifactID, **_):  # noqa: N802, N803
-        self.artifacts[artifactID]["state"] = "COMMITTED"
+        artifact = self.artifacts[artifactID]
+        artifact["state"] = "COMMITTED"
+        self._collection(artifact["where"])["members"].append(artifactID)
+        self._name(artifactID, artifact["aliases"], artifact["where"])
         return {"commitArtifact": {"artifact": {"id": artifactID, "digest": "d"}}}
+
+    # what is asked without a run
+
+    def GetDefaultEntity(self):  # noqa: N802
+        return {"viewer": {"id": "u1", "entity": "us"}}
+
+    def ServerFeaturesQuery(self):  # noqa: N802
+        feature = {"name": "ARTIFACT_MEMBERSHIP_IN_LINK_ARTIFACT_RESPONSE", "isEnabled": True}
+        return {"serverInfo": {"features": [feature]}}
+
+    def FetchOrgInfoFromEntity(self, entity):  # noqa: N802
+        found = self.organization and {"name": self.organization, "orgEntity": {"name": f"{self.organization}-entity"}}
+        return {"entity": {"organization": found, "user": None}}
+
+    def ProjectArtifacts(self, entity, project, collection, **_):  # noqa: N802
+        where = (entity, project, collection)
+        if where not in self.collections:
+            return {"project": {"artifactType": None}}
+        members = self.collections[where]["members"]
+        edges = [{"version": f"v{n}", "node": self._artifact(at)} for n, at in enumerate(members)]
+        page = {"totalCount": len(edges), "pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": edges}
+        kind = "ArtifactSequence" if entity == "us" else "ArtifactPortfolio"
+        return {"project": {"artifactType": {"artifactCollection": {"__typename": kind, "artifacts": page}}}}
+
+    def ArtifactByID(self, id, **_):  # noqa: N802, A002
+        return {"artifact": self._artifact(id)}
+
+    def UpdateArtifact(self, input, **_):  # noqa: N802, A002
+        changed = {k: input[k] for k in ("description", "metadata") if input.get(k) is not None}
+        self.artifacts[input["artifactID"]].update(changed)
+        return {"result": {"artifact": self._artifact(input["artifactID"])}}
+
+    def AddAliases(self, input):  # noqa: N802, A002
+        for name in input["aliases"]:
+            self._name(input["artifactID"], [name], self._where(name))
+        return {"result": {"success": True}}
+
+    def DeleteAliases(self, input):  # noqa: N802, A002
+        for name in input["aliases"]:
+            held = self.collections[self._where(name)]["aliases"]
+            if held.get(name["alias"]) == input["artifactID"]:
+                del held[name["alias"]]
+        return {"result": {"success": True}}
+
+    def IsProjectReadOnly(self, **_):  # noqa: N802
+        return {"project": {"id": "p1", "readOnly": False}}
+
+    def LinkArtifact(self, input, **_):  # noqa: N802, A002
+        where = (input["entityName"], input["projectName"], input["artifactPortfolioName"])
+        members, at = self._collection(where)["members"], input["artifactID"]
+        if at not in members:
+            members.append(at)
+        self._name(at, [{"alias": "latest"}, *input["aliases"]], where)
+        about = {"id": f"{at}/{where[2]}", "versionIndex": members.index(at), "createdAt": "2026-01-01T00:00:00"}
+        aliases = [a for a in self._aliases(at) if a["artifactCollection"]["project"]["name"] == where[1]]
+        more = {"aliases": aliases, "artifactCollection": self._about(where), "artifact": self._artifact(at)}
+        link = {"__typename": "ArtifactCollectionMembership", **about, **more}
+        return {"result": {"versionIndex": members.index(at), "artifactMembership": link}}
+
+    # collections
+
+    def shown(self, *where):
+        """A collection as people see it: alias -> the version in our registry that has it."""
+        held = self.collections[where]["aliases"]
+        return {alias: json.loads(self.artifacts[at]["metadata"])["version"] for alias, at in held.items()}
+
+    def _collection(self, where):
+        return self.collections.setdefault(where, {"members": [], "aliases": {}})
+
+    def _where(self, alias):
+        return alias["entityName"], alias["projectName"], alias["artifactCollectionName"]
+
+    def _name(self, at, aliases, where):
+        self._collection(where)["aliases"].update({a["alias"]: at for a in aliases})
+
+    def _about(self, where):
+        entity, project, name = where
+        kind = "ArtifactSequence" if entity == "us" else "ArtifactPortfolio"
+        own = {"id": f"p-{project}", "internalId": f"i-{project}", "name": project, "entity": {"name": entity}}
+        return {"__typename": kind, "name": name, "project": own}
+
+    def _aliases(self, at):
+        held = [(a, where) for where, c in self.collections.items() for a, to in c["aliases"].items() if to == at]
+        alias = {"__typename": "ArtifactAlias"}
+        return [{**alias, "id": f"{w}/{a}", "alias": a, "artifactCollection": self._about(w)} for a, w in held]
+
+    def _artifact(self, at):
+        artifact = self.artifacts[at]
+        about = {k: artifact.get(k) for k in ("description", "metadata", "state", "digest")}
+        index = self._collection(artifact["where"])["members"].index(at)
+        never = {"ttlDurationSeconds": -2, "ttlIsInherited": True, "historyStep": None, "commitHash": None}
+        files = artifact["files"]
+        sizes = {"size": sum(map(len, files.values())), "fileCount": len(files), "tags": []}
+        times = {"createdAt": "2026-01-01T00:00:00", "updatedAt": None}
+        kind = {"artifactType": {"name": artifact["artifactTypeName"]}, "aliases": self._aliases(at)}
+        own = {"artifactSequence": self._about(artifact["where"]), "versionIndex": index}
+        return {"__typename": "Artifact", "id": at, **own, **about, **never, **sizes, **times, **kind}
 
     def _bucket(self, name):
         run = self.runs[name]
@@ -131,6 +244,10 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server_
         server.keys.add(self.headers.get("Authorization"))
         body = self._body()
+        if server.silent.is_set():
+            server.closing.wait()
+            self.close_connection = True
+            return None
         if "everything" in server.refused:
             return self._reply({}, 503)
         if not self.path.endswith(("/graphql", "/file_stream")):  # what wandb measures about itself
@@ -138,6 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(body)
         if self.path == "/graphql":
             operation = re.search(r"(?:query|mutation)\s+(\w+)", body["query"])[1]
+            server.asked.append(operation)
             if operation in server.refused:
                 return self._reply({"errors": [{"message": "permission denied"}]}, 403)
             answer = getattr(server, operation, None)
@@ -154,10 +272,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self._reply({})
 
     def do_PUT(self):  # noqa: N802
+        if "files" in self.server_.refused:
+            self._body()
+            return self._reply({}, 503)
         _, _, owner, *path = self.path.split("/")
         where = self.server_.files if owner == "run" else self.server_.artifacts[owner]["files"]
         where["/".join(path)] = self._body()
-        self._reply({})
+        return self._reply({})
 
     def _body(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

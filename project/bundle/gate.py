@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from ..behaviour import image_slices, text_slices
+from .compress import as_trained
 from project.bundle.manifest import (
     Bundle,
     BundleError,
@@ -110,13 +111,15 @@ def _receipt_problems(
     if run is None:
         return [f"its notebook is not that of its run {bundle.run}"]
     found = [] if run["status"] == "finished" else [f"its run is {run['status']}, not finished"]
+    made = as_trained(bundle.manifest)
+    metrics = made.get("metrics") or {}
     for name in ("model.onnx", "weights.safetensors"):
-        said, here = run["files"].get(f"bundle/{name}"), bundle.manifest["files"].get(name, {}).get("sha256")
+        said, here = run["files"].get(f"bundle/{name}"), made["files"].get(name, {}).get("sha256")
         if said != here:
             found.append(f"{name} is not the one that its notebook made")
-    for name in bundle.metrics.keys() & run["metrics"].keys():
-        if bundle.metrics[name] != run["metrics"][name]:
-            found.append(f"{name} is {bundle.metrics[name]} in its manifest, {run['metrics'][name]} in its run")
+    for name in metrics.keys() & run["metrics"].keys():
+        if metrics[name] != run["metrics"][name]:
+            found.append(f"{name} is {metrics[name]} in its manifest, {run['metrics'][name]} in its run")
     said = (run.get("data") or {}).get("hash")
     if bundle.manifest.get("data_hash") not in (None, said):
         found.append("its manifest names other data than its run")
@@ -129,6 +132,8 @@ def _receipt_notes(
 ) -> list[str]:  # what a person should know
     "What does not speak against a bundle, and is worth a word."
     found = []
+    if made := bundle.manifest.get("compression"):
+        found.append(f"it was compressed from {str(made.get('parent_hash'))[:8]}, whose card and receipt it carries")
     code = receipt.get("commit") or {}
     if code.get("dirty"):
         found.append("its code had changes that were not committed")

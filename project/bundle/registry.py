@@ -28,6 +28,7 @@ from project.bundle.manifest import (
     MANIFEST,
     Bundle,
     BundleError,
+    Described,
     open_bundle,
     run_bundle,
     staged,
@@ -352,7 +353,7 @@ class _Records:
 
 # %% ../../nbs/54_bundle.registry.ipynb #d05540fc
 @dataclass(frozen=True)
-class Version:
+class Version(Described):
     "A model in the registry, as its record says."
 
     task: str
@@ -374,41 +375,6 @@ class Version:
     def name(self) -> str:
         "Like v3-1a2b3c4d: a number, and the beginning of the bundle's hash."
         return f"v{self.number}-{self.hash[:8]}"
-
-    @property
-    def bytes(self) -> int:
-        "How large its files are together."
-        return sum(f["bytes"] for f in self.manifest["files"].values())
-
-    @property
-    def kind(self) -> str:
-        "image or text."
-        return str(self.manifest["kind"])
-
-    @property
-    def classes(self) -> list[str]:
-        "Class names, in the order of the probabilities."
-        return list(self.manifest["classes"])
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        "What was measured, stage/metric -> value."
-        return dict(self.manifest.get("metrics") or {})
-
-    @property
-    def run(self) -> str | None:
-        "The run that made it."
-        return self.manifest.get("run")
-
-    @property
-    def commit(self) -> str | None:
-        "The code it was made with."
-        return self.manifest.get("commit")
-
-    @property
-    def data_hash(self) -> str | None:
-        "The data it was made from."
-        return self.manifest.get("data_hash")
 
 # %% ../../nbs/54_bundle.registry.ipynb #b69ef21c
 _PLACE = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}")
@@ -723,6 +689,10 @@ def _broken_links(
     receipt: Any,  # of its notebook; None: there is none
 ) -> list[str]:  # what does not fit, in words
     "Hold a bundle against the receipt of the notebook that made it."
+    if "compression" in manifest:
+        from project.bundle.compress import as_trained
+
+        manifest = dict(as_trained(manifest))
     if not isinstance(receipt, dict):
         return ["the bundle holds no executed notebook with a receipt, so nothing says how it was made"]
     found, run = [], _own_run(manifest, receipt)

@@ -9,6 +9,7 @@ __all__ = ['Receive', 'Send', 'Settings', 'settings_table', 'Problem', 'problem_
 
 # %% ../../nbs/66_serve.limits.ipynb #4f4348b4
 import asyncio
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -394,13 +395,11 @@ def _bad_form(found: str) -> Problem:
     return Problem(400, f"expected a multipart form, found {found}. Send it as `curl -F file=@image.png` does.")
 
 
-def _part(
-    piece: bytes,  # between two boundaries
-) -> Part:
-    "Read one part of a form."
-    head, gap, content = piece.partition(b"\r\n\r\n")
-    if not gap or len(head) > _HEAD:
-        raise _bad_form("a part whose headers do not end")
+@functools.lru_cache(256)  # clients send the same headers again and again
+def _part_head(
+    head: bytes,  # a part's headers, of limited length
+) -> tuple[str, str | None, str]:  # name, name of the file, type
+    "Read the headers of a part."
     lines = head.decode("utf-8", "replace").split("\r\n")
     named = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
     about = named.get("content-disposition", "")
@@ -409,7 +408,17 @@ def _part(
         raise _bad_form("a part without a name")
     filename = unquote(utf8[1]) if utf8 else (file[1] or file[2] or "") if file else None
     shown = None if filename is None else shown_name(filename.replace('\\"', '"'))
-    return Part((name[1] or name[2] or "")[:100], shown, named.get("content-type", "").lower(), content)
+    return (name[1] or name[2] or "")[:100], shown, named.get("content-type", "").lower()
+
+
+def _part(
+    piece: bytes,  # between two boundaries
+) -> Part:
+    "Read one part of a form."
+    head, gap, content = piece.partition(b"\r\n\r\n")
+    if not gap or len(head) > _HEAD:
+        raise _bad_form("a part whose headers do not end")
+    return Part(*_part_head(head), content)
 
 # %% ../../nbs/66_serve.limits.ipynb #b4b8966e
 def form_parts(
@@ -540,6 +549,7 @@ class Call:
         given = self.headers.get(b"x-request-id", b"")
         self.id = given.decode() if _ID.fullmatch(given) else secrets.token_hex(8)
         self.client, self.route, self.status, self.body, self.rows = "", "other", 0, b"", 1
+        self.owner = ""  # of the key, if one was needed
         self.seen: tuple[str, str, str] = ("", "", "")  # task, version and id of the prediction
 
     @property
@@ -621,7 +631,7 @@ class _Gate:
             if not owner:
                 text = "expected a key that is known here, as `Authorization: Bearer …` or `X-API-Key`, found none."
                 raise Problem(401, text, headers=[(b"www-authenticate", b"Bearer")])
-            call.client = owner
+            call.client = call.owner = owner
         if wait := self.rates.take(call.client):
             raise Problem(429, f"expected at most {self.settings.rate:g} requests a second. Wait a little.", wait)
 

@@ -120,6 +120,9 @@ def not_probabilities(
     p: np.ndarray,  # (N, K), what a model answered
 ) -> np.ndarray:  # positions of rows, none if all is well
     "Rows that are not finite, not between 0 and 1, or do not add up to 1."
+    if len(p) == 1:  # most often; plain Python is quicker
+        row = p[0].tolist()
+        return np.zeros(0 if abs(sum(row) - 1) < 1e-3 and min(row) >= 0 else 1, np.int64)
     fine = (np.abs(p.sum(1) - 1) < 1e-3) & (p.min(1) >= 0)  # NaN fails both
     return np.flatnonzero(~fine)
 
@@ -199,6 +202,14 @@ class _Model:
 
     def __repr__(self) -> str:
         return f"Predictor({self.task}: {self.kind}, {len(self.classes)} classes, {self.bundle.hash[:8]})"
+
+    def unknown_share(
+        self,
+        ids: np.ndarray,  # (L,), from `read_text`
+    ) -> float:  # from 0 to 1
+        "How much of a text the tokenizer has no word for; drift shows here first."
+        name = getattr(self._tokenizer.model, "unk_token", None)
+        return float((ids == self._tokenizer.token_to_id(name)).mean()) if name else 0.0
 
     def _run(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         try:

@@ -251,7 +251,7 @@ RECIPES["fake_news"] = {
 }
 RECIPES["fake_titles"] = {
     "fast": Recipe(epochs=3, batch_size=256, **_NGRAMS),
-    "minilm": Recipe(batch_size=64, max_length=64, **_MINILM),
+    "minilm": Recipe(batch_size=64, max_length=64, **_MINILM | {"epochs": 3}),
 }
 
 # %% ../../nbs/38_train.recipe.ipynb #8094e18e
