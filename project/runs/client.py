@@ -14,7 +14,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,8 @@ class _Stopping(PapermillNotebookClient):
         waiting = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
         for task in waiting:
             task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        if waiting:
+            await asyncio.wait(waiting, timeout=seconds)
         if await ensure_async(self.km.is_alive()):
             await ensure_async(self.km.interrupt_kernel())
         else:
@@ -164,6 +165,7 @@ class Client(_Stopping):
     "Papermill's client, which tells the manager where and how a notebook ended."
 
     next_save = 0.0  # when the timer that saves will have gone off
+    caught: Any = staticmethod(lambda: None)  # told when a signal has arrived
 
     def papermill_execute_cells(self) -> None:
         "Execute the cells in order, up to the first that fails."
@@ -176,6 +178,7 @@ class Client(_Stopping):
                 self.nb_man.cell_exception(self.nb.cells[index], cell_index=index, exception=e)
                 break
             except BaseException:
+                self.caught()
                 self.nb_man.cell_exception(cell, cell_index=index)
                 self.shutdown_kernel = "immediate"
                 self._wind_down(cell, index)
@@ -208,21 +211,45 @@ class Terminated(SystemExit):
         self.name = signal.Signals(number).name
 
 
+_ALARM = getattr(signal, "SIGALRM", None)  # Windows has none
+
+
+class _Insistent:
+    "A handler that raises, and again every two seconds until somebody has caught it."
+
+    def __init__(self) -> None:
+        self._caught, self._number = False, 0
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if number == _ALARM:
+            if self._caught:
+                return
+            number = self._number
+        self._number = number
+        if _ALARM and not self._caught:  # no thread is started here: the signal may have come in the middle of that
+            signal.setitimer(signal.ITIMER_REAL, 2.0)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+    def caught(self) -> None:
+        "The exception has arrived."
+        self._caught = True
+        if _ALARM and self._number:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 @contextlib.contextmanager
-def catch_signals() -> Iterator[None]:
-    "Turn SIGTERM and SIGHUP into `Terminated`, where this thread may."
+def catch_signals() -> Iterator[Callable[[], None]]:  # to be called when what was raised has been caught
+    "Turn SIGTERM and SIGHUP into `Terminated`, and Ctrl-C into its exception, where this thread may."
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
-
-    def stop(number: int, frame: Any) -> None:
-        raise Terminated(number)
-
-    names = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    before = {n: signal.signal(n, stop) for n in names if signal.getsignal(n) in (signal.SIG_DFL, None)}
+    stop, usual = _Insistent(), (signal.SIG_DFL, signal.default_int_handler, None)
+    names = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM") if hasattr(signal, n)]
+    before = {n: signal.signal(n, stop) for n in names if signal.getsignal(n) in usual}
     try:
-        yield
+        yield stop.caught
     finally:
+        stop.caught()
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 

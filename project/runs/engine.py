@@ -190,12 +190,14 @@ def _execute(
     from project.runs.client import Client, catch_signals, explain
 
     client, error = Client(manager, kernel_name=kernel_name, **client_options), None
-    with ThreadPoolExecutor(1) as pool, catch_signals():
+    with ThreadPoolExecutor(1) as pool, catch_signals() as caught:
+        client.caught = caught
         facts: Future[dict[str, Any]] = pool.submit(_facts, _place(input_path))
         try:
             manager.notebook_start()
             client.execute()
         except BaseException as e:
+            caught()
             error = e
             raise
         finally:
