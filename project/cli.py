@@ -26,6 +26,7 @@ import click
 
 from .core import _cores, cache_dir, data_dir, git_state, human_bytes, root, runs_dir, show_path
 
+# %% ../nbs/90_cli.ipynb #44028c46
 if TYPE_CHECKING:
     from project.bundle.registry import Registry
 

@@ -597,8 +597,7 @@ def load_weights(
     from safetensors.torch import load_file
 
     where = show_path(bundle.weights)
-    if "compression" in bundle.manifest:
-        parent = str(bundle.manifest["compression"].get("parent_hash"))[:8]
+    if parent := bundle.parent[:8]:
         raise BundleError(f"{where}: expected weights, found a compressed bundle; take the one it is from, {parent}")
     try:
         state = load_file(bundle.weights)

@@ -132,8 +132,8 @@ def _receipt_notes(
 ) -> list[str]:  # what a person should know
     "What does not speak against a bundle, and is worth a word."
     found = []
-    if made := bundle.manifest.get("compression"):
-        found.append(f"it was compressed from {str(made.get('parent_hash'))[:8]}, whose card and receipt it carries")
+    if bundle.parent:
+        found.append(f"it was compressed from {bundle.parent[:8]}, whose card and receipt it carries")
     code = receipt.get("commit") or {}
     if code.get("dirty"):
         found.append("its code had changes that were not committed")

@@ -339,6 +339,12 @@ class Described:
         "The data it was made from."
         return self.manifest.get("data_hash")
 
+    @property
+    def parent(self) -> str:
+        "Hash of the bundle that it was compressed from; empty where it was not."
+        told = self.manifest.get("compression")
+        return str(told.get("parent_hash") or "an unknown one") if isinstance(told, dict) else ""
+
 # %% ../../nbs/50_bundle.manifest.ipynb #0892a765
 @dataclass(frozen=True)
 class Bundle(Described):

@@ -771,7 +771,7 @@ async def start(
         raise RuntimeError("cannot serve " + "; ".join(missing))
     _soften_sigterm(service)
     _settle_memory()
-    asyncio.get_running_loop().call_later(1.5, gc.freeze)  # by then the log's thread has imported its own
+    asyncio.get_running_loop().call_later(1.5, _settle_memory)  # by then the log's thread has imported its own
     service.started = True
 
 # %% ../../nbs/68_serve.api.ipynb #2f6a8df3
