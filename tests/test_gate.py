@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
@@ -40,6 +42,7 @@ from project.bundle.gate import (
 )
 from project.bundle.manifest import open_bundle, write_manifest
 from project.bundle.registry import Conflict, Registry
+from project.cli import app
 from project.core import read_json, runs_dir, write_json
 from project.data.store import build
 from project.metrics import ece
@@ -692,6 +695,19 @@ def test_another_bundle_than_was_decided(registry, champion, challenger):
     with pytest.raises(GateError, match="run the gate again"):
         promote(registry, decision, yes=True)
     assert serving(registry) == champion.hash
+
+
+def test_the_command_promotes_a_folder_that_is_no_run(registry, champion, challenger, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROJECT_REGISTRY", str(tmp_path / "registry"))
+    decision, elsewhere = ask(challenger, champion), tmp_path / "elsewhere"
+    shutil.copytree(challenger.path, elsewhere)
+    shutil.rmtree(challenger.path.parent)  # its run
+    decision.save(tmp_path / "decision.json")
+    command = ["promote", "--decision", str(tmp_path / "decision.json"), "--yes"]
+    lost = CliRunner().invoke(app, command)
+    assert lost.exit_code == 1 and "give its folder" in lost.output and serving(registry) == champion.hash
+    moved = CliRunner().invoke(app, ["promote", str(elsewhere), *command[1:]])
+    assert moved.exit_code == 0 and serving(registry) == challenger.hash, moved.output
 
 
 def test_where_a_challenger_is_found(registry, champion, challenger, tmp_path):
