@@ -501,7 +501,7 @@ def _bundle_path(
     path = Path(name) if Path(name).is_dir() else find_run(name)["path"]
     return path / "bundle" if (path / "bundle").is_dir() else path
 
-
+# %% ../nbs/90_cli.ipynb #c0fabd7c
 def _follow(
     registry: "Registry",  # that was changed
     *tasks: str,  # where

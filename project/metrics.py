@@ -225,7 +225,7 @@ def macro_f1(
     rows = per_class(probabilities, labels, range(probabilities.shape[1]))
     return float(np.mean([row["f1"] for row in rows if row["n"]]))
 
-
+# %% ../nbs/05_metrics.ipynb #c39ca290
 def per_class(
     probabilities: np.ndarray,  # (N, C)
     labels: np.ndarray,  # (N,) class indices

@@ -1,19 +1,10 @@
 """Tiny bundles in a registry, and the real service in a process of its own, for tests of the page and the client."""
 
-import contextlib
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import threading
-import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto, helper
+from serve_process import Server, onnx_bytes
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from project.bundle.manifest import open_bundle, write_manifest
@@ -26,9 +17,7 @@ POINTS = {"[PAD]": (0, 0), "[UNK]": (0, 0), "shocking": (2, 0), "miracle": (3, 0
 
 def _model(nodes, inputs, outputs, tensors):
     value = helper.make_tensor_value_info
-    ends = [value(name, TensorProto.FLOAT, ["batch", n]) for name, n in outputs]
-    graph = helper.make_graph(nodes, "toy", inputs, ends, tensors)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+    return onnx_bytes(nodes, inputs, [value(name, TensorProto.FLOAT, ["batch", n]) for name, n in outputs], tensors)
 
 
 def shades(path, sign=1.0, task="shades", classes=SHADES):
@@ -99,57 +88,15 @@ def registry(folder, *bundles):
     return place
 
 
-class Service:
-    """`project.serve.api` in a process, on any free port; ended by its own id."""
+class Service(Server):
+    """A server whose registry is in its folder, with settings by the names of their variables."""
 
     def __init__(self, folder, **settings):
-        self.folder, self.settings = Path(folder), settings
-
-    def __enter__(self):
-        given = {"PROJECT_REGISTRY": str(self.folder / "registry"), "PROJECT_ROOT": str(self.folder)}
-        given |= {"OMP_NUM_THREADS": "1", "PROJECT_SERVE_DRAIN": "0"}
-        env = os.environ | given | {k: str(v) for k, v in self.settings.items()}
-        code = "from project.serve.api import serve; serve(port=0)"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        self.lines, ready = [], threading.Event()
-
-        def read():
-            for line in self.process.stderr:
-                self.lines.append(line)
-                if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
-                    self.url = found[0]
-                    ready.set()
-
-        self.reader = threading.Thread(target=read, daemon=True)
-        self.reader.start()
-        until = time.monotonic() + 60
-        while not ready.wait(0.05):
-            if self.process.poll() is not None or time.monotonic() > until:
-                self.__exit__()
-                raise RuntimeError("the service did not start:\n" + "".join(self.lines))
-        return self
-
-    def __exit__(self, *_):
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait(15)
-        self.reader.join(5)
-        self.process.stderr.close()
+        given = {"PROJECT_ROOT": str(folder), "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in settings.items()}
+        super().__init__(Path(folder), env=given, ready=False, log=given.get("PROJECT_SERVE_LOG"), drain=0)
 
     def get(self, path, **headers):
         """The body of an answer, as JSON where it is."""
-        request = urllib.request.Request(f"{self.url}/{path.lstrip('/')}", headers=headers)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
-            self.headers, body = dict(answer.headers), answer.read().decode()
-        return json.loads(body) if "json" in self.headers.get("content-type", "") else body
+        answer = self.client.get(path, headers=headers).raise_for_status()
+        self.headers = answer.headers
+        return answer.json() if "json" in answer.headers["content-type"] else answer.text

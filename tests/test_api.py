@@ -1,5 +1,6 @@
 """The service as a client meets it: a real process, its routes, its answers, and what the log holds of them."""
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from onnxruntime import InferenceSession
 from serve_process import Server, image_bundle, make_registry, png, text_bundle
+from starlette.responses import StreamingResponse
 
 from project.serve import api
 from project.serve.limits import Settings, new_key
@@ -157,6 +159,33 @@ def test_errors_of_routes(client):
     assert "label" in says(client.post("/predictions/none/feedback", json={}), 422)
     assert "from 0 to 1" in says(client.get("/samples/brightness/2"), 404)
     assert says(client.get("/samples/brightness/-1"), 404)
+
+
+def test_a_route_that_fails(tmp_path, caplog):
+    app = api.create_app(Settings(log="off", access=False, metrics=str(tmp_path)))
+
+    @app.get("/broken")
+    async def broken():
+        return 1 / 0
+
+    @app.get("/half")
+    async def half():
+        async def parts():
+            yield b"one"
+            raise ZeroDivisionError
+
+        return StreamingResponse(parts())
+
+    async def ask(path):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.get(path)
+
+    answer = asyncio.run(ask("/broken"))
+    assert "It was logged" in says(answer, 500)
+    (logged,) = (r for r in caplog.records if answer.headers["x-request-id"] in r.getMessage())
+    assert logged.exc_info[0] is ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):  # what was begun cannot become an error: the connection ends
+        asyncio.run(ask("/half"))
 
 
 # --- batches

@@ -15,6 +15,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from project.serve.log import LogUnavailable, PredictionLog, PredictionTable, fit_row, log_url, new_id, stamp
@@ -524,6 +525,29 @@ def test_the_queue_is_bounded(tmp_path, caplog):
     assert big.flush() and big._inputs == 0 and big.put(row(input=bytes(10_000_000)))
     log._database.let_go()
     big._database.let_go()
+
+
+def test_what_is_left_for_later(tmp_path, caplog):
+    told = []
+
+    def complete(rows):
+        told.append(len(rows))
+        for r in rows:
+            r["features"] = {"bytes": r.pop("raw").nbytes}
+
+    log = PredictionLog(tmp_path / "log.db", complete=complete)
+    rows = [row(raw=np.zeros(i, np.uint8)) for i in range(40)]
+    assert all(map(log.put, rows)) and log._inputs == sum(range(40))
+    assert log.get(rows[7]["id"])["features"] == {"bytes": 7}  # asked for before it is written
+    assert log.flush() and told[-3:] == [16, 16, 8] and (log.written, log._inputs) == (40, 0)
+    found = {r["id"]: r["features"]["bytes"] for r in log.rows()}
+    assert found == {r["id"]: i for i, r in enumerate(rows)}
+    kept = [log.put(row(raw=np.zeros(10_000_000, np.uint8))) for _ in range(10)]
+    assert kept == [True] * 6 + [False] * 4 and not caplog.text.count("lack what")
+    log._complete = lambda rows: rows[0]["nothing"]  # the row is written without it
+    assert log.flush() and log.written == 46 and caplog.text.count("6 rows lack what should have been added") == 1
+    assert sum(r["features"] is None for r in log.rows()) == 6
+    log._database.let_go()
 
 
 def test_rows_that_are_none(tmp_path, opened):

@@ -5,10 +5,10 @@ import json
 import re
 import struct
 import threading
-import urllib.error
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 from browser import Browser, find_chromium
 from served import HOSTILE, SHADES, Service, news, registry, shades
@@ -303,7 +303,7 @@ def test_a_service_that_is_gone_is_told(browser, place):
 def test_a_key_is_asked_for_and_used(browser, place):
     key, digest = new_key()
     with Service(place, PROJECT_API_KEYS=digest, PROJECT_SERVE_MODE="production") as service:
-        with pytest.raises(urllib.error.HTTPError, match="401"):
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
             service.get("/models")
         tab = browser.open(service.url)
         tab.run("document.querySelector('input[value=shades]').click()")

@@ -890,7 +890,7 @@ def _fetch_all(
             )
     raise _NotHere(f"{url} has neither {_wanted(p.needed[:1])} nor a folder {p.task}")
 
-
+# %% ../../nbs/20_data.sources.ipynb #1a0b5fcc
 def _from_url(
     p: Published,  # what to look for
     url: str,  # of a folder: http, https or whatever fsspec knows (gs, s3, memory, …)
@@ -1031,7 +1031,7 @@ def _identify(
     whole = all(hashes[f.name] == f.sha256 for f in files)
     return Source(origin, {f.name: paths[f.name] for f in files}, hashes, whole, tuple(tried), known)
 
-
+# %% ../../nbs/20_data.sources.ipynb #d82cb38a
 def find(
     task: str | Published,  # a task's name, or a description of what it needs
     source: str | Path | None = None,  # a folder, file or URL; None: PROJECT_SOURCE; "": the usual places only

@@ -257,6 +257,7 @@ class ResNet(ImageClassifier):
         depths: tuple[int, ...] = (2, 2, 2, 2),  # blocks of each stage
         width: int = 64,  # channels of the stem
         bottleneck: bool = False,  # blocks of three convolutions that give out four times the channels
+        scale: float = 0.0,  # of the head, which then has no bias; 0: as published
     ):
         super().__init__()
         self.normalize = Normalize(shape[0])
@@ -268,7 +269,7 @@ class ResNet(ImageClassifier):
                 blocks.append(block(i, o, 2 if k and not j else 1))
                 i = o
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(i, num_classes)
+        self.head = _Head(i, num_classes, scale) if scale else nn.Linear(i, num_classes)
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         return self.blocks(self.stem(self.pixels(x, self.head.weight.dtype))).mean((2, 3))
@@ -755,6 +756,7 @@ _BUILDERS: dict[str, tuple[Callable[..., ImageClassifier], dict[str, Any]]] = {
     "cnn-xl": (FastCNN, {"widths": (96, 192, 384)}),
     "resnet18": (ResNet, {}),
     "resnet18-quarter": (ResNet, {"width": 16}),
+    "resnet18-half": (ResNet, {"width": 32, "scale": 1 / 9}),
     "resnet34": (ResNet, {"depths": (3, 4, 6, 3)}),
     "resnet50": (ResNet, {"depths": (3, 4, 6, 3), "bottleneck": True}),
     "efficientnet-lite0": (_lite0, {}),

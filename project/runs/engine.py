@@ -177,7 +177,7 @@ def _hidden(values: dict[str, Any]) -> list[str]:
 
     return list(known_values([v for v in values.values() if isinstance(v, str)], os.environ))
 
-
+# %% ../../nbs/14_runs.engine.ipynb #35ceec61
 def _execute(
     nb: Any,  # a notebook of ours
     kernel_name: str,

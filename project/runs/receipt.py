@@ -263,7 +263,7 @@ def _forged(
         found.append("parameters were changed after the run")
     return found
 
-
+# %% ../../nbs/12_runs.receipt.ipynb #2d5ab276
 def _forged_record(
     run: Path,  # a run's folder that is here
     said: Mapping[str, Any],  # what the receipt says of it

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Row', 'Prediction', 'SamplePrediction', 'ProblemBody', 'RowError', 'BatchRow', 'BatchAnswer', 'ModelInfo',
            'ModelList', 'SampleList', 'FeedbackIn', 'FeedbackOut', 'Health', 'Samples', 'read_samples', 'Model',
-           'load_model', 'image_features', 'text_features', 'Given', 'read_one', 'csv_rows', 'read_many', 'Service',
-           'predict_one', 'held', 'predict', 'predict_batch', 'refresh', 'start', 'stop', 'create_app', 'serve']
+           'load_model', 'image_features', 'add_features', 'text_features', 'Given', 'read_one', 'csv_rows',
+           'read_many', 'Service', 'predict_one', 'held', 'predict', 'predict_batch', 'refresh', 'start', 'stop',
+           'create_app', 'serve']
 
 # %% ../../nbs/68_serve.api.ipynb #c260c014
 import asyncio
@@ -42,6 +43,7 @@ from ..core import nearest
 from .batching import Batcher, Full
 from .card import CARD_POLICY, card_html
 from project.serve.limits import (
+    FAILED,
     AccessLog,
     Call,
     Limits,
@@ -52,6 +54,7 @@ from project.serve.limits import (
     form_parts,
     json_body,
     problem_dict,
+    problem_reply,
 )
 from .log import LogUnavailable, PredictionLog, new_id
 from .metrics import Metrics, shared_folder
@@ -261,27 +264,53 @@ def load_model(
 _VALUES = np.stack([np.arange(256.0), np.arange(256.0) ** 2], 1) / [255, 255**2]
 
 
-def image_features(
+def _reduced(
     x: np.ndarray,  # (H, W) or (H, W, 3) unsigned bytes
-) -> dict[str, float]:  # each from 0 to 1, entropy in bits
-    "Brightness, contrast, sharpness, entropy and edge density of an image."
+) -> np.ndarray:  # (h, w), at most 127 a side
+    "Enough of an image to say what it is like."
     grey = x if x.ndim == 2 else x[..., 1]
-    grey = grey[:: max(1, grey.shape[0] // 64), :: max(1, grey.shape[1] // 64)]
-    left, right = grey[:, :-1], grey[:, 1:]
-    shares = np.bincount(grey.ravel(), minlength=256) / grey.size
-    steps = np.bincount((np.maximum(left, right) - np.minimum(left, right)).ravel(), minlength=256)
-    mean, square = (shares @ _VALUES).tolist()
-    some = shares[shares > 0]
-    n = max(1, left.size)
-    return {
-        "brightness": round(mean, 4),
-        "contrast": round(max(0.0, square - mean**2) ** 0.5, 4),
-        "sharpness": round(float(steps @ _VALUES[:, 0]) / n, 4),
-        "entropy": round(abs(float(some @ np.log2(some))), 3),
-        "edges": round(int(steps[33:].sum()) / n, 4),
+    return np.ascontiguousarray(grey[:: max(1, grey.shape[0] // 64), :: max(1, grey.shape[1] // 64)])
+
+
+def _shares(
+    x: np.ndarray,  # (N, H, W) unsigned bytes
+) -> np.ndarray:  # (N, 256)
+    "How much of each image has each value."
+    each = x.reshape(len(x), -1) + 256 * np.arange(len(x))[:, None]
+    return np.bincount(each.ravel(), minlength=256 * len(x)).reshape(-1, 256) / max(1, x[0].size)
+
+# %% ../../nbs/68_serve.api.ipynb #ddb37ea1
+def image_features(
+    x: np.ndarray,  # (N, H, W) unsigned bytes
+) -> list[dict[str, float]]:  # of each image; from 0 to 1, entropy in bits
+    "Brightness, contrast, sharpness, entropy and edge density of grey images."
+    left, right = x[:, :, :-1], x[:, :, 1:]
+    shares, steps = _shares(x), _shares(np.maximum(left, right) - np.minimum(left, right))
+    mean, square = (shares @ _VALUES).T
+    bits = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
+    found = {
+        "brightness": mean.round(4),
+        "contrast": np.sqrt(np.maximum(0, square - mean**2)).round(4),
+        "sharpness": (steps @ _VALUES[:, 0]).round(4),
+        "entropy": np.abs((shares * bits).sum(1)).round(3),
+        "edges": steps[:, 33:].sum(1).round(4),
     }
+    return [dict(zip(found, row, strict=True)) for row in zip(*(v.tolist() for v in found.values()), strict=True)]
 
+# %% ../../nbs/68_serve.api.ipynb #a8ba3c26
+def add_features(
+    rows: list[dict[str, Any]],  # of the log; those of images have `raw` pixels, which become their features
+) -> None:
+    "Say what images are like that are about to be logged: those of one size at once."
+    alike: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "raw" in row:
+            alike.setdefault(row["raw"].shape, []).append(row)
+    for group in alike.values():
+        for row, found in zip(group, image_features(np.stack([r.pop("raw") for r in group])), strict=True):
+            row["features"] = found
 
+# %% ../../nbs/68_serve.api.ipynb #e41e3239
 def text_features(
     row: Mapping[str, str],  # field -> text
 ) -> dict[str, float]:
@@ -473,11 +502,11 @@ class Service:
             raise Problem(404, f"expected a task that is served ({names}), found {task[:60]!r}.{near}")
         return found
 
-    async def features(
+    async def read(
         self,
         model: Model,
         given: Given,  # an input
-    ) -> tuple[np.ndarray, dict[str, float]]:  # what the model reads, and what it is like
+    ) -> tuple[np.ndarray, dict[str, Any]]:  # what the model reads, and what the log is told of it
         "Decode an input, in a thread unless that costs more than it saves."
         read = _read_text if model.predictor.kind == "text" else _read_image
         if model.predictor.quick(given.content if given.row is None else given.row):
@@ -486,19 +515,19 @@ class Service:
         return await loop.run_in_executor(self.pool, read, model, given, self.settings.max_chars)
 
 # %% ../../nbs/68_serve.api.ipynb #0332ceb1
-def _read_image(model: Model, given: Given, max_chars: int) -> tuple[np.ndarray, dict[str, float]]:
+def _read_image(model: Model, given: Given, max_chars: int) -> tuple[np.ndarray, dict[str, Any]]:
     if given.row is not None:
         raise Problem(415, "expected an image. This task reads no text.")
     x = model.predictor.read_image(given.content)
-    return x, image_features(x)
+    return x, {"raw": _reduced(x)}
 
 
-def _read_text(model: Model, given: Given, max_chars: int) -> tuple[np.ndarray, dict[str, float]]:
+def _read_text(model: Model, given: Given, max_chars: int) -> tuple[np.ndarray, dict[str, Any]]:
     if given.row is None:
         raise Problem(415, "expected texts. This task reads no images.")
     x = model.predictor.read_text(given.row, max_chars)
     unknown = model.predictor.unknown_share(x)
-    return x, text_features(given.row) | {"unknown": round(unknown, 4)}
+    return x, {"features": text_features(given.row) | {"unknown": round(unknown, 4)}}
 
 # %% ../../nbs/68_serve.api.ipynb #0eb1f41b
 async def predict_one(
@@ -509,7 +538,7 @@ async def predict_one(
 ) -> dict[str, Any]:  # a `Prediction`
     "Answer one input."
     try:
-        x, features = await service.features(model, given)
+        x, about = await service.read(model, given)
         p, embedding, size = await model.batcher.submit(x)
     except InputError as e:
         raise Problem(e.status, str(e)) from None
@@ -530,14 +559,13 @@ async def predict_one(
     }
     service.metrics.observe_prediction(model.task, model.version, said, probabilities[said])
     if service.log:
-        service.log.put(_row(answer, given, features, embedding, size, call, service.settings.keep_inputs))
+        service.log.put(_row(answer, given, embedding, size, call, service.settings.keep_inputs) | about)
     return answer
 
 # %% ../../nbs/68_serve.api.ipynb #bee6b5b4
 def _row(
     answer: dict[str, Any],  # a `Prediction`
     given: Given,  # its input
-    features: dict[str, float],  # what the input is like
     embedding: np.ndarray,  # (E,)
     size: int,  # rows of its batch
     call: Call,
@@ -556,7 +584,6 @@ def _row(
         "batch": size,
         "input_sha256": hashlib.sha256(content).hexdigest(),
         "input_bytes": len(content),
-        "features": features,
         "embedding": embedding.astype(np.float16).tobytes(),
         "request_id": call.id,
         "client": call.owner or None,  # addresses are not kept
@@ -759,7 +786,7 @@ async def start(
         service.access.start()
     if settings.log != "off":
         days, report = settings.log_days or None, service.metrics.observe_log
-        service.log = PredictionLog(settings.log or None, days=days, report=report)
+        service.log = PredictionLog(settings.log or None, days=days, report=report, complete=add_features)
         service.log.start()
     for bundle, version in (await asyncio.to_thread(_bundle_folders, settings)).values():
         await _enter(service, bundle, version)
@@ -1209,7 +1236,7 @@ def _page_route(
 def _error_routes(
     app: FastAPI,
 ) -> None:
-    "FastAPI's own errors as problem+json."
+    "Errors of routes as problem+json."
 
     async def refused(request: Request, e: Exception) -> Response:
         assert isinstance(e, HTTPException)
@@ -1220,6 +1247,15 @@ def _error_routes(
         told = "; ".join(f"{'.'.join(map(str, x['loc'][1:]))}: {x['msg']}" for x in e.errors()[:5])
         return _problem(request, 422, f"expected what the documentation says, found {told}.", {})
 
+    async def told(request: Request, e: Exception) -> Response:
+        assert isinstance(e, Problem)
+        return _reply(problem_reply(e, _call(request)))
+
+    async def failed(request: Request, _: Exception) -> Response:
+        return _problem(request, 500, FAILED, {})  # the exception goes on to `Limits`, which logs it
+
+    app.add_exception_handler(Exception, failed)
+    app.add_exception_handler(Problem, told)
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(RequestValidationError, unfit)
 
@@ -1231,6 +1267,15 @@ def _problem(request: Request, status: int, detail: str, headers: Mapping[str, s
 
 # %% ../../nbs/68_serve.api.ipynb #57e0997e
 _ABOUT = "Image and text classifiers, each with the run, the data and the code it comes from."
+
+
+class _App(FastAPI):
+    "FastAPI behind `Limits`: what the hot lane answers passes none of its layers."
+
+    limits: Limits
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.limits(scope, receive, send)
 
 
 def create_app(
@@ -1250,7 +1295,7 @@ def create_app(
             await stop(service)
 
     docs = None if settings.production else "/docs"
-    app = FastAPI(
+    app = _App(
         title="project",
         description=_ABOUT,
         lifespan=lifespan,
@@ -1265,9 +1310,9 @@ def create_app(
     _error_routes(app)
     _describe(app, settings)
     opened = {"/", os.environ.get("AIP_HEALTH_ROUTE", "")} | ({"/docs", "/openapi.json"} if docs else set())
-    app.add_middleware(
-        cast(Any, Limits),
-        settings=settings,
+    app.limits = Limits(
+        super(_App, app).__call__,
+        settings,
         lane=_lane(service),
         done=_done(service),
         open_paths=opened,

@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -490,23 +490,32 @@ _INPUTS = 64_000_000  # bytes of inputs that may wait
 _log = logging.getLogger(__name__)
 
 
+def _size(
+    row: Mapping[str, Any],  # as it was put, or as it is written
+) -> int:  # bytes
+    "What a row holds of its input."
+    return len(row.get("input") or b"") + getattr(row.get("raw"), "nbytes", 0)
+
+# %% ../../nbs/64_serve.log.ipynb #26de4744
 class _Queue:
     "Rows that wait to be written: bounded, and what does not fit is counted."
+
+    _complete: Callable[[list[dict[str, Any]]], None] | None
 
     def __init__(self, capacity: int):
         if capacity < 1:
             raise ValueError(f"capacity must be 1 or more, got {capacity}")
         self.capacity, self.dropped, self.written, self.reason = capacity, 0, 0, ""
         self._lock, self._wake = threading.Lock(), threading.Event()
-        self._waiting: dict[str, Mapping[str, Any]] = {}
-        self._writing: dict[str, Mapping[str, Any]] = {}
+        self._waiting: dict[str, dict[str, Any]] = {}
+        self._writing: dict[str, dict[str, Any]] = {}
         self._inputs, self._closed = 0, False
 
     def put(self, row: Mapping[str, Any]) -> bool:
         "Queue a row; False if it was dropped. Never waits, and never raises."
         try:
             row = {"time": time.time(), **row}
-            size, key = len(row.get("input") or b""), row["id"]
+            size, key = _size(row), row["id"]
             with self._lock:
                 n = len(self._waiting)
                 full = n + len(self._writing) >= self.capacity or self._inputs + size > _INPUTS
@@ -532,30 +541,43 @@ class _Queue:
         "A row that is not written yet."
         with self._lock:
             row = self._waiting.get(id) or self._writing.get(id)
-        with contextlib.suppress(ValueError):
-            return _read_row(fit_row(row)) if row else None
-        return None
+        fit, _ = _fit_rows({id: dict(row)}, self._complete) if row else ({}, "")
+        return _read_row(fit[id]) if fit else None
 
 # %% ../../nbs/64_serve.log.ipynb #71feb0b3
+def _completed(
+    rows: list[dict[str, Any]],  # as they were put, which is changed
+    complete: Callable[[list[dict[str, Any]]], None] | None,
+) -> None:
+    "Let the service add what it left for later; a row is worth writing without that too."
+    try:
+        if complete:
+            complete(rows)
+    except Exception:
+        _log.exception("prediction log: %d rows lack what should have been added to them", len(rows))
+
+
 def _fit_rows(
-    rows: Mapping[str, Mapping[str, Any]],  # as they were put, by id
-) -> tuple[dict[str, Mapping[str, Any]], str]:  # those that can be written, and why others cannot
+    rows: Mapping[str, dict[str, Any]],  # as they were put, by id
+    complete: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> tuple[dict[str, dict[str, Any]], str]:  # those that can be written, and why others cannot
     "Make rows fit for the database, a few at a time: requests have their turn between them."
-    fit: dict[str, Mapping[str, Any]] = {}
-    why = ""
-    for i, (key, row) in enumerate(rows.items()):
-        if i % 8 == 0:
-            time.sleep(0)
-        try:
-            fit[key] = fit_row(row)
-        except ValueError as e:
-            why = str(e)
+    fit: dict[str, dict[str, Any]] = {}
+    keys, why = list(rows), ""
+    for i in range(0, len(keys), 16):
+        time.sleep(0)
+        _completed([rows[key] for key in keys[i : i + 16]], complete)
+        for key in keys[i : i + 16]:
+            try:
+                fit[key] = fit_row(rows[key])
+            except ValueError as e:
+                why = str(e)
     return fit, why
 
 
 def _insert(
     database: _Database,  # where to
-    rows: list[Mapping[str, Any]],  # each with every column
+    rows: Sequence[dict[str, Any]],  # each with every column
 ) -> None:
     "Insert rows, all or none; those that are there already are left as they are."
     from sqlalchemy.dialects import postgresql, sqlite
@@ -577,11 +599,11 @@ class _Batches(_Queue):
         "Everything that waits becomes the batch; rows that no database would take are dropped."
         with self._lock:
             self._writing, self._waiting, self._inputs = self._waiting, {}, 0
-        fit, why = _fit_rows(self._writing)
+        fit, why = _fit_rows(self._writing, self._complete)
         lost = len(self._writing) - len(fit)
         with self._lock:
             self._writing = fit
-            self._inputs += sum(len(r["input"] or b"") for r in fit.values())
+            self._inputs += sum(map(_size, fit.values()))
         if lost:
             self._drop(lost, why)
 
@@ -601,7 +623,7 @@ class _Batches(_Queue):
                     self._drop(1, _why(e))
         with self._lock:
             self.written += done
-            self._inputs -= sum(len(r["input"] or b"") for r in self._writing.values())
+            self._inputs -= sum(map(_size, self._writing.values()))
             self._writing = {}
 
     def flush(self) -> bool:
@@ -696,8 +718,9 @@ class PredictionLog(_All):
         every: float = 0.5,  # seconds between writes
         days: float | None = None,  # delete what is older, once an hour; None: keep all
         report: Callable[[dict[str, Any]], None] | None = None,  # told the state after each write, for metrics
+        complete: Callable[[list[dict[str, Any]]], None] | None = None,  # adds to rows what was left for later
     ):
-        self._database = _Database(url, keep=True)
+        self._database, self._complete = _Database(url, keep=True), complete
         _Writer.__init__(self, capacity)
         self.every, self.days, self._report = every, days, report
         self._thread: threading.Thread | None = None

@@ -313,12 +313,19 @@ def _profiler(
     return PyTorchProfiler(where, "pytorch", export_to_chrome=True, **few)
 
 # %% ../../nbs/42_train.fit.ipynb #b5e9627d
+class _Best(ModelCheckpoint):
+    "Lightning's, with a folder that may hold checkpoints: its look into it imports the file systems of every cloud."
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, "validate")  # a stage in which it does not look
+
+
 def _keeper(
     folder: Path,  # for best.ckpt
     validate: bool,  # whether there is a val/acc to compare
 ) -> ModelCheckpoint:
     "Keeps the best epoch, or the last where there is nothing to compare."
-    return ModelCheckpoint(
+    return _Best(
         folder,
         "best",
         monitor="val/acc" if validate else None,
@@ -457,7 +464,6 @@ def _replay(
 def _quiet() -> Iterator[None]:
     "Without warnings about what was asked for."
     asked = (
-        "Checkpoint directory .* exists and is not empty",  # a resumed run finds those of the first sitting
         "You defined a `validation_step` but have no `val_dataloader`",  # train_on="train+val"
         "This process .* is multi-threaded, use of fork",  # Python 3.12 and later; see above
     )

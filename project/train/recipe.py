@@ -24,6 +24,7 @@ IMAGE_MODELS = (
     "cnn-xl",
     "resnet18",
     "resnet18-quarter",
+    "resnet18-half",
     "resnet34",
     "resnet50",
     "efficientnet-lite0",
@@ -181,11 +182,21 @@ DEFAULT_RECIPE = "fast"  # every task has one
 
 RECIPES["fashion_mnist"] = {
     # what each reaches, and in how many seconds: benchmarks/results/train_fashion_mnist.json
-    "tiny": Recipe(model="cnn-s", epochs=1, flip="none"),
+    "tiny": Recipe(model="cnn-s", epochs=1, flip="none", small=20, small_share=0.4),
     "small": Recipe(model="cnn-s", epochs=3, small=18, small_share=0.4),
     "fast": Recipe(model="cnn-m", epochs=4, small=18, small_share=0.6),
     "94": Recipe(model="cnn-m", epochs=10, batch_size=500, lr=0.2, small=18, small_share=0.5),
-    "best": Recipe(model="cnn-l", epochs=30, batch_size=500, lr=0.2, shift=2, cutout=8, small=18, small_share=0.6),
+    "best": Recipe(
+        model="resnet18-half",  # 95 %; cnn-l reaches 94.7 % in a third of the time
+        epochs=30,
+        batch_size=500,
+        lr=0.15,
+        shift=2,
+        cutout=8,
+        small=18,
+        small_share=0.6,
+        train_on="train+val",
+    ),
     # the usual beginning, to compare with: a quarter of an hour in single precision
     "plain": Recipe(
         model="resnet18",
