@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from project.core import read_json
+from project.runs import record
 from project.runs.record import find_run, latest_bundle, list_runs, parameters, run_table, start_run
 
 
@@ -99,3 +100,13 @@ def test_a_finished_run_keeps_what_was_measured_before(tmp_path):
     run.update(metrics={"val/acc": 0.9})
     run.finish(metrics={"test/acc": 0.8})
     assert read_json(run.path / "run.json")["metrics"] == {"val/acc": 0.9, "test/acc": 0.8}
+
+
+def test_runs_of_one_second_may_draw_the_same_id(tmp_path, monkeypatch):
+    drawn = iter(["20261121-000000-t-aaaa"] * 3 + ["20261121-000000-t-bbbb"])
+    monkeypatch.setattr(record, "new_run_id", lambda task: next(drawn))
+    ids = [start_run("t", {"seed": seed}, root=tmp_path).id for seed in (0, 1)]
+    assert [i[-4:] for i in ids] == ["aaaa", "bbbb"]
+    monkeypatch.setattr(record, "new_run_id", lambda task: ids[0])
+    with pytest.raises(FileExistsError, match="the run's folder cannot be made"):
+        start_run("t", {"seed": 2}, root=tmp_path)

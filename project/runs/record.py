@@ -279,13 +279,15 @@ def _number(text: str) -> int | float | str:
 # %% ../../nbs/16_runs.record.ipynb #ef3d217d
 def _new_run(task: str, folder: Path, fields: Mapping[str, Any]) -> Run:
     "Make a run's folder and record."
-    path = folder / (run_id := new_run_id(task))
-    try:
-        path.mkdir(parents=True)
-    except OSError as e:
-        raise OSError(
-            e.errno, f"the run's folder cannot be made ({e.strerror}); set PROJECT_RUNS to one that can", str(path)
-        ) from e
+    for left in range(9, -1, -1):  # another run of the same second may have drawn the same id
+        path = folder / (run_id := new_run_id(task))
+        try:
+            path.mkdir(parents=True)
+            break
+        except OSError as e:
+            if not isinstance(e, FileExistsError) or not left:
+                why = f"the run's folder cannot be made ({e.strerror}); set PROJECT_RUNS to one that can"
+                raise OSError(e.errno, why, str(path)) from e
     (path / ".reserve").write_bytes(bytes(65536))  # given up when the disk is full, so that the end can be written
     began = _now()
     record = {"schema": SCHEMA, "id": run_id, "task": task, "status": "running", "reason": "", "started": began}

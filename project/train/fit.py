@@ -316,6 +316,8 @@ def _profiler(
 class _Best(ModelCheckpoint):
     "Lightning's, with a folder that may hold checkpoints: its look into it imports the file systems of every cloud."
 
+    __qualname__ = "ModelCheckpoint"  # by which a checkpoint knows whose state it holds
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, "validate")  # a stage in which it does not look
 
