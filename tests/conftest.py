@@ -1,11 +1,18 @@
 """Fixtures for every test: folders of its own, and the process's global state as it was before."""
 
 import random
+import signal
 import subprocess
 import sys
 
 import pytest
 from pytest_notebooks import ROOT, isolated_environment
+
+
+def pytest_configure():
+    """A job that a script puts in the background ignores Ctrl-C, and so would every process that a test starts."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
