@@ -537,9 +537,9 @@ def test_what_is_left_for_later(tmp_path, caplog):
 
     log = PredictionLog(tmp_path / "log.db", complete=complete)
     rows = [row(raw=np.zeros(i, np.uint8)) for i in range(40)]
-    assert all(map(log.put, rows)) and log._inputs == sum(range(40))
+    assert all(map(log.put, rows)) and log._inputs == sum(range(32, 40))
     assert log.get(rows[7]["id"])["features"] == {"bytes": 7}  # asked for before it is written
-    assert log.flush() and told[-3:] == [16, 16, 8] and (log.written, log._inputs) == (40, 0)
+    assert log.flush() and told == [16, 16, 8] and (log.written, log._inputs) == (40, 0)
     found = {r["id"]: r["features"]["bytes"] for r in log.rows()}
     assert found == {r["id"]: i for i, r in enumerate(rows)}
     kept = [log.put(row(raw=np.zeros(10_000_000, np.uint8))) for _ in range(10)]

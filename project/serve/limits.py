@@ -465,7 +465,7 @@ class AccessLog:
 
     def __init__(self, stream: TextIO | None = None, capacity: int = 20_000, every: float = 0.25) -> None:
         self.stream, self.every, self.capacity = stream, every, capacity
-        self.lines: deque[tuple[Any, ...]] = deque()
+        self.lines: deque[str] = deque()
         self.dropped = 0
         self.stopped = threading.Event()
         self.thread: threading.Thread | None = None
@@ -478,7 +478,7 @@ class AccessLog:
     def put(self, *line: Any) -> None:
         "Note a request: the values of `_ACCESS`."
         if len(self.lines) < self.capacity:
-            self.lines.append(line)
+            self.lines.append(_access_line(line))  # a thread that did this would take the interpreter from requests
         else:
             self.dropped += 1
 
@@ -494,7 +494,7 @@ class AccessLog:
         self._write()
 
     def _write(self) -> None:
-        text = [_access_line(self.lines.popleft()) for _ in range(len(self.lines))]
+        text = [self.lines.popleft() for _ in range(len(self.lines))]
         if self.dropped:
             told = {"time": _utc(time.time()), "level": "warning", "event": "lines dropped", "lines": self.dropped}
             text.append(json.dumps(told) + "\n")

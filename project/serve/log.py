@@ -487,6 +487,7 @@ class PredictionTable(Predictions):
 
 # %% ../../nbs/64_serve.log.ipynb #c075ea77
 _INPUTS = 64_000_000  # bytes of inputs that may wait
+_SOME = 16  # rows that are made fit together
 _log = logging.getLogger(__name__)
 
 
@@ -507,7 +508,8 @@ class _Queue:
             raise ValueError(f"capacity must be 1 or more, got {capacity}")
         self.capacity, self.dropped, self.written, self.reason = capacity, 0, 0, ""
         self._lock, self._wake = threading.Lock(), threading.Event()
-        self._waiting: dict[str, dict[str, Any]] = {}
+        self._waiting: dict[str, dict[str, Any]] = {}  # as they were put
+        self._ready: dict[str, dict[str, Any]] = {}  # as they are written, like those that are being written
         self._writing: dict[str, dict[str, Any]] = {}
         self._inputs, self._closed = 0, False
 
@@ -517,15 +519,29 @@ class _Queue:
             row = {"time": time.time(), **row}
             size, key = _size(row), row["id"]
             with self._lock:
-                n = len(self._waiting)
-                full = n + len(self._writing) >= self.capacity or self._inputs + size > _INPUTS
-                if not (full or self._closed or key in self._waiting):
+                full = self._held() >= self.capacity or self._inputs + size > _INPUTS
+                if not (full or self._closed or key in self._waiting or key in self._ready):
                     self._waiting[key] = row
                     self._inputs += size
+                    if not len(self._waiting) % _SOME:  # here and now: the interpreter is not fought for later
+                        self._prepare()
                     return True
         except Exception as e:
             return self._drop(1, f"a row that is none: {type(e).__name__}: {e}")
         return self._drop(1, "the log is closed" if self._closed else "the queue is full" if full else "one id twice")
+
+    def _held(self) -> int:
+        "How many rows there are."
+        return len(self._waiting) + len(self._ready) + len(self._writing)
+
+    def _prepare(self) -> str:  # why some cannot be; they wait on
+        "Make the rows that wait fit for the database."
+        before = sum(map(_size, self._waiting.values()))
+        fit, why = _fit_rows(self._waiting, self._complete)
+        self._ready |= fit
+        self._waiting = {key: row for key, row in self._waiting.items() if key not in fit}
+        self._inputs += sum(map(_size, [*fit.values(), *self._waiting.values()])) - before
+        return why
 
     def _drop(self, n: int, why: str) -> bool:
         "Count rows that are lost; say so at the first, and at each tenfold."
@@ -540,7 +556,9 @@ class _Queue:
     def _waits(self, id: str) -> dict[str, Any] | None:
         "A row that is not written yet."
         with self._lock:
-            row = self._waiting.get(id) or self._writing.get(id)
+            if row := self._ready.get(id) or self._writing.get(id):
+                return _read_row(row)
+            row = self._waiting.get(id)
         fit, _ = _fit_rows({id: dict(row)}, self._complete) if row else ({}, "")
         return _read_row(fit[id]) if fit else None
 
@@ -561,17 +579,15 @@ def _fit_rows(
     rows: Mapping[str, dict[str, Any]],  # as they were put, by id
     complete: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], str]:  # those that can be written, and why others cannot
-    "Make rows fit for the database, a few at a time: requests have their turn between them."
+    "Make rows fit for the database."
     fit: dict[str, dict[str, Any]] = {}
-    keys, why = list(rows), ""
-    for i in range(0, len(keys), 16):
-        time.sleep(0)
-        _completed([rows[key] for key in keys[i : i + 16]], complete)
-        for key in keys[i : i + 16]:
-            try:
-                fit[key] = fit_row(rows[key])
-            except ValueError as e:
-                why = str(e)
+    why = ""
+    _completed([*rows.values()], complete)
+    for key, row in rows.items():
+        try:
+            fit[key] = fit_row(row)
+        except ValueError as e:
+            why = str(e)
     return fit, why
 
 
@@ -598,12 +614,10 @@ class _Batches(_Queue):
     def _take(self) -> None:
         "Everything that waits becomes the batch; rows that no database would take are dropped."
         with self._lock:
-            self._writing, self._waiting, self._inputs = self._waiting, {}, 0
-        fit, why = _fit_rows(self._writing, self._complete)
-        lost = len(self._writing) - len(fit)
-        with self._lock:
-            self._writing = fit
-            self._inputs += sum(map(_size, fit.values()))
+            why = self._prepare()
+            lost, self._waiting = len(self._waiting), {}
+            self._writing, self._ready = self._ready, {}
+            self._inputs = sum(map(_size, self._writing.values()))
         if lost:
             self._drop(lost, why)
 
@@ -672,7 +686,7 @@ class _Writer(_Batches):
             if self._report:
                 with contextlib.suppress(Exception):  # metrics are never a reason to stop writing
                     self._report(self.state())
-            if self._closed and (not (self._waiting or self._writing) or time.monotonic() >= self._end):
+            if self._closed and (not self._held() or time.monotonic() >= self._end):
                 return
             pause = 0.1 * (not well) if self._closed else self.every if well else min(max(self.every, pause * 2), 5.0)
 
@@ -744,18 +758,17 @@ class PredictionLog(_All):
         if not (self._thread and self._thread.is_alive()):
             self._database.let_go()
         with self._lock:
-            left = len(self._waiting) + len(self._writing)
-            self._waiting, self._writing = {}, {}
+            left = self._held()
+            self._waiting, self._ready, self._writing = {}, {}, {}
         if left:
             self._drop(left, "not written before the service ended")
 
     def state(self) -> dict[str, Any]:
         "What `/health/ready` and the metrics say of the log."
         with self._lock:
-            waiting = len(self._waiting) + len(self._writing)
             return {
                 "ok": not self.reason,
-                "waiting": waiting,
+                "waiting": self._held(),
                 "written": self.written,
                 "dropped": self.dropped,
                 "reason": self.reason,
