@@ -550,6 +550,15 @@ def test_what_is_left_for_later(tmp_path, caplog):
     log._database.let_go()
 
 
+def test_rows_that_cannot_be_written_among_many(tmp_path):
+    log = PredictionLog(tmp_path / "log.db")
+    rows = [row(**({"confidence": "high"} if i % 2 else {})) for i in range(80)]
+    assert all(map(log.put, rows)) and log.get(rows[40]["id"])
+    assert log.flush() and (log.written, log.dropped, log.state()["waiting"]) == (40, 40, 0)
+    assert {r["id"] for r in log.rows()} == {r["id"] for r in rows[::2]}
+    log._database.let_go()
+
+
 def test_rows_that_are_none(tmp_path, opened):
     log = opened(tmp_path / "log.db")
     good, twice = row(), row()
