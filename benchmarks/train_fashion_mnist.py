@@ -51,16 +51,34 @@ def to_accuracy(recipe, seed):
         }
 
 
+def bare_steps(net, chosen, batches):
+    """Train with a recipe's optimizer, schedule and loss, without Lightning; the seconds of the steps."""
+    import torch
+    import torch.nn.functional as F
+
+    from project.train.module import lr_schedule, make_optimizer
+
+    optimizer = make_optimizer(net.train(), chosen.optimizer, chosen.lr)
+    schedule = lr_schedule(chosen.schedule, chosen.epochs * len(batches))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    start = time.perf_counter()
+    for _ in range(chosen.epochs):
+        for x, y in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(net(x).float(), y, label_smoothing=chosen.label_smoothing).backward()
+            optimizer.step()
+            scheduler.step()
+    return time.perf_counter() - start
+
+
 def loop(recipe, seed):
     """The recipe as a self-contained loop would have it: torch alone, images of one size, nothing watched or saved."""
     gc.disable()
     import torch
-    import torch.nn.functional as F
 
     # our network and optimizer, without Lightning: a module of Lightning's is torch's for whoever needs no Trainer
     sys.modules["pytorch_lightning"] = types.SimpleNamespace(LightningModule=torch.nn.Module)
     from project.data.store import open_data
-    from project.train.module import lr_schedule, make_optimizer
     from project.train.prepare import choose_precision, init_net, make_loaders, predict, to_precision_
     from project.train.recipe import get_recipe
 
@@ -68,16 +86,8 @@ def loop(recipe, seed):
     gc.freeze()
     data, precision = open_data("fashion_mnist"), choose_precision()[0]
     chosen = get_recipe("fashion_mnist", recipe, train_on="train+val", small=0, small_share=0.0)
-    net = to_precision_(init_net(chosen, data, seed), precision).train()
-    optimizer, batches = make_optimizer(net, chosen.optimizer, chosen.lr), make_loaders(chosen, data, seed)[0]
-    schedule = lr_schedule(chosen.schedule, chosen.epochs * len(batches))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    for _ in range(chosen.epochs):
-        for x, y in batches:
-            optimizer.zero_grad()
-            F.cross_entropy(net(x).float(), y, label_smoothing=chosen.label_smoothing).backward()
-            optimizer.step()
-            scheduler.step()
+    net = to_precision_(init_net(chosen, data, seed), precision)
+    bare_steps(net, chosen, make_loaders(chosen, data, seed)[0])
     images, labels = data.split("test")
     p = predict(net.eval(), images, tta=chosen.tta, precision=precision)
     return {"accuracy": float((p.argmax(1) == labels).mean()), "end": time.time()}
@@ -99,27 +109,15 @@ def first_batch(_recipe, _seed):
 
 def step(recipe, steps):
     """The same steps by Lightning and by a bare loop, in turn."""
-    import torch
-    import torch.nn.functional as F
-
     from project.data.store import open_data
     from project.train.fit import choose_precision, fit, get_recipe, init_net, make_loaders, to_precision_
-    from project.train.module import lr_schedule, make_optimizer
 
     data, precision = open_data("fashion_mnist"), choose_precision()[0]
     chosen = get_recipe("fashion_mnist", recipe, batch_size=250, epochs=1)
     times = {"loop": [], "fit": []}
     for _ in range(5):
-        net = to_precision_(init_net(chosen, data), precision).train()
-        optimizer = make_optimizer(net, chosen.optimizer, chosen.lr)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_schedule(chosen.schedule, steps))
-        start = time.perf_counter()
-        for x, y in make_loaders(chosen, data, limit_batches=steps)[0]:
-            optimizer.zero_grad()
-            F.cross_entropy(net(x).float(), y, label_smoothing=chosen.label_smoothing).backward()
-            optimizer.step()
-            scheduler.step()
-        times["loop"].append((time.perf_counter() - start) / steps)
+        net = to_precision_(init_net(chosen, data), precision)
+        times["loop"].append(bare_steps(net, chosen, make_loaders(chosen, data, limit_batches=steps)[0]) / steps)
         with tempfile.TemporaryDirectory() as folder:
             result = fit(dataclasses.replace(chosen, train_on="train"), data, folder, limit_batches=steps)
             times["fit"].append(chosen.batch_size / result.images_per_s)
@@ -253,7 +251,8 @@ def measure(quick):
     rows.append(("convolutions of this machine", f"{raw['rate']['gflops']:.0f} GFLOP/s", raw["rate"]["precision"]))
     for recipe in ("tiny",) if quick else TARGETS:
         pairs = [(child("loop", recipe, s), child("to_accuracy", recipe, s)) for s in range(1 if quick else 3)]
-        loops, runs = raw["loops"][recipe], raw["recipes"][recipe] = [list(each) for each in zip(*pairs, strict=True)]
+        loops, runs = [bare for bare, _ in pairs], [ours for _, ours in pairs]
+        raw["loops"][recipe], raw["recipes"][recipe] = loops, runs
         accuracy = statistics.mean(r["accuracy"] for r in runs)
         target, seconds = TARGETS[recipe]
         took, speed = middle([r["seconds"] for r in runs]), statistics.median(r["images_per_s"] for r in runs)

@@ -498,8 +498,8 @@ def _size(
     return len(row.get("input") or b"") + getattr(row.get("raw"), "nbytes", 0)
 
 # %% ../../nbs/64_serve.log.ipynb #26de4744
-class _Queue:
-    "Rows that wait to be written: bounded, and what does not fit is counted."
+class _Rows:
+    "Rows between a request and the database: as they were put, ready to be written, being written."
 
     _complete: Callable[[list[dict[str, Any]]], None] | None
 
@@ -512,6 +512,32 @@ class _Queue:
         self._ready: dict[str, dict[str, Any]] = {}  # as they are written, like those that are being written
         self._writing: dict[str, dict[str, Any]] = {}
         self._inputs, self._closed = 0, False
+
+    def _held(self) -> int:
+        "How many rows there are."
+        return len(self._waiting) + len(self._ready) + len(self._writing)
+
+    def _prepare(self) -> str:  # why some cannot be; they wait on
+        "Make the rows that wait fit for the database."
+        before = sum(map(_size, self._waiting.values()))
+        fit, why = _fit_rows(self._waiting, self._complete)
+        self._ready |= fit
+        self._waiting = {key: row for key, row in self._waiting.items() if key not in fit}
+        self._inputs += sum(map(_size, [*fit.values(), *self._waiting.values()])) - before
+        return why
+
+    def _waits(self, id: str) -> dict[str, Any] | None:
+        "A row that is not written yet."
+        with self._lock:
+            if row := self._ready.get(id) or self._writing.get(id):
+                return _read_row(row)
+            row = self._waiting.get(id)
+        fit, _ = _fit_rows({id: dict(row)}, self._complete) if row else ({}, "")
+        return _read_row(fit[id]) if fit else None
+
+# %% ../../nbs/64_serve.log.ipynb #f42769e3
+class _Queue(_Rows):
+    "Rows that wait to be written."
 
     def put(self, row: Mapping[str, Any]) -> bool:
         "Queue a row; False if it was dropped. Never waits, and never raises."
@@ -530,19 +556,6 @@ class _Queue:
             return self._drop(1, f"a row that is none: {type(e).__name__}: {e}")
         return self._drop(1, "the log is closed" if self._closed else "the queue is full" if full else "one id twice")
 
-    def _held(self) -> int:
-        "How many rows there are."
-        return len(self._waiting) + len(self._ready) + len(self._writing)
-
-    def _prepare(self) -> str:  # why some cannot be; they wait on
-        "Make the rows that wait fit for the database."
-        before = sum(map(_size, self._waiting.values()))
-        fit, why = _fit_rows(self._waiting, self._complete)
-        self._ready |= fit
-        self._waiting = {key: row for key, row in self._waiting.items() if key not in fit}
-        self._inputs += sum(map(_size, [*fit.values(), *self._waiting.values()])) - before
-        return why
-
     def _drop(self, n: int, why: str) -> bool:
         "Count rows that are lost; say so at the first, and at each tenfold."
         with self._lock:
@@ -552,15 +565,6 @@ class _Queue:
             trouble = f"; {self.reason}" if self.reason else ""
             _log.warning("prediction log: %d rows dropped so far (%s%s)", self.dropped, why, trouble)
         return False
-
-    def _waits(self, id: str) -> dict[str, Any] | None:
-        "A row that is not written yet."
-        with self._lock:
-            if row := self._ready.get(id) or self._writing.get(id):
-                return _read_row(row)
-            row = self._waiting.get(id)
-        fit, _ = _fit_rows({id: dict(row)}, self._complete) if row else ({}, "")
-        return _read_row(fit[id]) if fit else None
 
 # %% ../../nbs/64_serve.log.ipynb #71feb0b3
 def _completed(
