@@ -341,7 +341,10 @@ def test_page_and_documentation(client):
     assert set(one["requestBody"]["content"]) == {"multipart/form-data", "application/json", "image/png"}
     assert one["responses"]["200"]["content"]["application/json"]["example"]["class"] == "Coat"
     assert "application/problem+json" in one["responses"]["413"]["content"]
-    assert client.get("/docs").status_code == 200
+    page = client.get("/docs").text
+    for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"):
+        assert f'"docs/{name}"' in page and len(client.get(f"/docs/{name}").content) > 1000
+    assert "//" not in page.replace("<!DOCTYPE", "") and client.get("/docs/..%2fcore.py").status_code == 404
 
 
 # --- hot swap

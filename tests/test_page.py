@@ -361,3 +361,12 @@ def test_without_a_model_the_page_says_what_to_do(browser, tmp_path):
     with Service(tmp_path) as service:
         tab = browser.open(service.url)
         assert "No model is served yet" in tab.text("main") and not tab.troubles
+
+
+def test_the_documentation_needs_nobody_else(browser, service):
+    tab = browser.open(f"{service.url}/docs")
+    tab.until("document.querySelectorAll('.opblock').length > 10")
+    assert "/predict/{task}" in tab.text(".swagger-ui") and not tab.troubles
+    loaded = tab.run("performance.getEntriesByType('resource').map((e) => e.name)")
+    assert any(name.endswith("swagger-ui-bundle.js") for name in loaded)
+    assert all(name.startswith((service.url, "data:")) for name in loaded), loaded

@@ -156,6 +156,7 @@ class Texts:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000  # more than any camera's photo of a face or a dog
 MAX_BYTES = 64_000_000  # of one packed image
+_ORIENTATION = 0x0112  # the note of how a camera was held
 
 
 class ImageError(ValueError):
@@ -220,7 +221,8 @@ def decode_image(
         image.draft("RGB" if channels == 3 else "L", (2 * size, 2 * size))  # JPEG: decode fewer pixels of a large photo
         image.load()
         with contextlib.suppress(Exception):  # a damaged note says nothing about the pixels
-            ImageOps.exif_transpose(image, in_place=True)
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                ImageOps.exif_transpose(image, in_place=True)
         image = _flat(image, "RGB" if channels == 3 else "L")
         width, height = image.size
         if (width, height) != (size, size):

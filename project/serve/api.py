@@ -56,7 +56,7 @@ from project.serve.limits import (
     problem_dict,
     problem_reply,
 )
-from .log import LogUnavailable, PredictionLog, new_id
+from .log import LogUnavailable, PredictionLog, json_bytes, new_id
 from .metrics import Metrics, shared_folder
 from .page import new_nonce, page, page_headers
 from .predictor import InputError, Predictor
@@ -626,7 +626,7 @@ async def predict(
         given = read_one(call, model.predictor.kind)
         answer = await _in_time(service, predict_one(service, model, given, call))
     call.seen = (task, model.version, answer["id"])
-    return Reply(json.dumps(answer).encode(), headers=((b"x-model-version", model.version.encode()),))
+    return Reply(json_bytes(answer), headers=((b"x-model-version", model.version.encode()),))
 
 # %% ../../nbs/68_serve.api.ipynb #aae52946
 async def _batch_row(
@@ -667,7 +667,7 @@ async def predict_batch(
             rows += await _in_time(service, work)
     call.seen = (task, model.version, "")
     answer = {"task": task, "model_version": model.version, "rows": rows}
-    return Reply(json.dumps(answer).encode(), headers=((b"x-model-version", model.version.encode()),))
+    return Reply(json_bytes(answer), headers=((b"x-model-version", model.version.encode()),))
 
 # %% ../../nbs/68_serve.api.ipynb #39ef5bf8
 def _bundle_folders(
@@ -1232,6 +1232,40 @@ def _page_route(
         shown = page(models, about | {"docs": not s.production})
         return Response(shown, 200, page_headers(nonce), "text/html; charset=utf-8")
 
+# %% ../../nbs/68_serve.api.ipynb #d0c5f11e
+_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
+_OPEN_DOCS = {"/docs", "/openapi.json", *(f"/docs/{name}" for name in _FILES)}
+
+
+def _docs_routes(
+    app: FastAPI,
+) -> None:
+    "The documentation of the routes. FastAPI's own fetches Swagger UI from a stranger's server; this one is complete."
+    import fastapi_offline
+    from fastapi.openapi.docs import get_swagger_ui_html
+    from starlette.responses import FileResponse
+
+    folder = Path(fastapi_offline.__file__).parent / "static"
+    script, style, icon = (f"docs/{name}" for name in _FILES)  # relative: a proxy may put all of it below a prefix
+
+    @app.get("/docs", include_in_schema=False)
+    async def documentation() -> Response:
+        shown = get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title="project: API",
+            swagger_js_url=script,
+            swagger_css_url=style,
+            swagger_favicon_url=icon,
+        )
+        shown.headers["content-security-policy"] = "default-src 'self' 'unsafe-inline'; img-src 'self' data:"
+        return shown
+
+    @app.get("/docs/{name}", include_in_schema=False)
+    async def part_of_it(name: str) -> Response:
+        if name not in _FILES:
+            raise Problem(404, "no such page.")
+        return FileResponse(folder / name)
+
 # %% ../../nbs/68_serve.api.ipynb #c3d9ecd7
 def _error_routes(
     app: FastAPI,
@@ -1294,22 +1328,23 @@ def create_app(
         finally:
             await stop(service)
 
-    docs = None if settings.production else "/docs"
     app = _App(
         title="project",
         description=_ABOUT,
         lifespan=lifespan,
-        docs_url=docs,
+        docs_url=None,
         redoc_url=None,
         openapi_url=None if closed else "/openapi.json",
     )
     app.state.service = service
     for add in (_predict_routes, _sample_routes, _model_routes, _log_routes, _health_routes, _page_route):
         add(app, service)
+    if not settings.production:
+        _docs_routes(app)
     _vertex_routes(app, service)
     _error_routes(app)
     _describe(app, settings)
-    opened = {"/", os.environ.get("AIP_HEALTH_ROUTE", "")} | ({"/docs", "/openapi.json"} if docs else set())
+    opened = {"/", os.environ.get("AIP_HEALTH_ROUTE", "")} | (set() if settings.production else _OPEN_DOCS)
     app.limits = Limits(
         super(_App, app).__call__,
         settings,

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, TextIO
 from urllib.parse import unquote
 
 from ..core import nearest
+from .log import json_bytes
 
 # %% ../../nbs/66_serve.limits.ipynb #823befec
 _log = logging.getLogger("project.serve")
@@ -519,7 +520,9 @@ def _access_line(
 ) -> str:
     "One request as a line of JSON."
     known = {k: v for k, v in zip(_ACCESS, line[1:], strict=False) if v not in ("", None)}
-    return json.dumps({"time": _utc(line[0]), "level": "info", "event": "request", **known}) + "\n"
+    shown = {"time": _utc(line[0]), "level": "info", "event": "request", **known}
+    text = json_bytes(shown).decode()
+    return (text if text.isascii() else json.dumps(shown)) + "\n"  # whoever reads it may know nothing but ASCII
 
 
 class JsonFormatter(logging.Formatter):
