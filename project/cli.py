@@ -322,7 +322,8 @@ _DEFAULT_FILE = "benchmarks/results/tasks.json"
     metavar="[FILE]",
     help=f"Write the JSON that the front page shows; {_DEFAULT_FILE} unless a FILE is given.",
 )
-def results(task: str, as_json: bool, file: str | None) -> None:
+@click.option("--keep", is_flag=True, help="With --write: rows of the file that no run here stands for stay in it.")
+def results(task: str, as_json: bool, file: str | None, keep: bool) -> None:
     """Show what the recipes reached, from the recorded runs.
 
     Finished trainings on all of the data count. Accuracy is in percent, mean ± standard deviation (seeds); an asterisk
@@ -334,7 +335,11 @@ def results(task: str, as_json: bool, file: str | None) -> None:
 
     if file is not None and task:
         raise click.UsageError("--write takes the results of all tasks; leave out --task")
-    rows = [r for r in collect_results(list_runs(), task_names()) if task in ("", r["task"])]
+    if keep and file is None:
+        raise click.UsageError("--keep says what --write does; add --write")
+    path = results_file() if file in (None, _DEFAULT_FILE) else Path(str(file))
+    kept = read_results(path) if keep else []
+    rows = [r for r in collect_results(list_runs(), task_names(), kept) if task in ("", r["task"])]
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     elif rows:
@@ -342,7 +347,7 @@ def results(task: str, as_json: bool, file: str | None) -> None:
     elif file is None:
         click.echo(f"no finished training on all of the data in {show_path(runs_dir())}; `make train` makes one")
     if file is not None:
-        path, before = results_file() if file == _DEFAULT_FILE else Path(file), set()
+        before = set()
         with contextlib.suppress(ValueError):  # a damaged file is replaced
             before = {(r["task"], r["recipe"]) for r in read_results(path)}
         gone = before - {(r["task"], r["recipe"]) for r in rows}

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from project.cli import app
 from project.core import runs_dir
-from project.runs.record import list_runs, start_run
+from project.runs.record import find_run, list_runs, start_run
 from project.runs.results import (
     collect_results,
     read_results,
@@ -20,11 +20,11 @@ from project.runs.results import (
 )
 
 
-def train(task="dog_breeds", acc=0.9, status="finished", data="d" * 64, dirty=False, metrics=None, **asked):
+def train(task="dog_breeds", acc=0.9, status="finished", data="d" * 64, dirty=False, metrics=None, plan=None, **asked):
     """A run as the training notebook records it; its id."""
     asked = {"task": task, "recipe": "fast", "seed": 0, "model": None, "lr": None, "early_stopping": 0} | asked
     run = start_run(task, asked, "nbs/train.ipynb", {"hash": data, "task": task})
-    run.update(code={"commit": "c" * 40, "branch": "main", "dirty": dirty})
+    run.update(code={"commit": "c" * 40, "branch": "main", "dirty": dirty}, plan=plan)
     found = {"test/acc": acc, "test/n": 100, "train/seconds": 60.0, "train/images_per_s": 900.0}
     run.finish(status, found | {"model/parameters": 3_400_000} | (metrics or {}))
     return run.id
@@ -99,7 +99,15 @@ def test_the_newest_of_one_seed_and_the_newest_data():
     newest = train(acc=0.9)
     (row,) = rows()
     assert row["runs"] == [newest] and row["test_acc"]["mean"] == 0.9
-    assert row["older_data"] == 2 and row["repeated_seeds"] == 1 and row["data"] == "d" * 64
+    assert row["older"] == 2 and row["repeated_seeds"] == 1 and row["data"] == "d" * 64
+
+
+def test_a_recipe_that_was_changed_is_another_one():
+    train(acc=0.1, seed=5)
+    for seed, lr in enumerate((0.1, 0.2, 0.2)):
+        train(seed=seed, plan={"lr": lr})
+    (row,) = rows()
+    assert row["seeds"] == [1, 2] and row["older"] == 2  # one said nothing of its recipe, one had another
 
 
 def test_an_asterisk_at_the_runs_that_cannot_be_checked_out():
@@ -110,8 +118,6 @@ def test_an_asterisk_at_the_runs_that_cannot_be_checked_out():
 
 
 def test_short_ids_find_their_runs():
-    from project.runs.record import find_run
-
     for seed in range(6):
         train(seed=seed)
     (row,) = rows()
@@ -192,6 +198,21 @@ def test_the_command_says_what_a_file_loses(tmp_path):
     assert "no longer in it: gone fast" in call("--write", str(path)).output
     path.write_text("damaged")
     assert call("--write", str(path)).exit_code == 0 and read_results(path) == rows()
+
+
+def test_the_command_keeps_what_was_measured_elsewhere(tmp_path):
+    path = tmp_path / "tasks.json"
+    train(acc=0.5)
+    write_results([{**rows()[0], "task": "elsewhere"}, *rows()], path)
+    train(acc=0.9)
+    done = call("--write", str(path), "--keep")
+    assert done.exit_code == 0 and "no longer" not in done.output and "elsewhere" in done.output
+    found = {row["task"]: row["test_acc"]["mean"] for row in read_results(path)}
+    assert found == {"dog_breeds": 0.9, "elsewhere": 0.5}
+    path.write_text("damaged")
+    done = call("--write", str(path), "--keep")
+    assert done.exit_code == 1 and path.read_text() == "damaged"
+    assert call("--keep").exit_code == 2
 
 
 def test_the_command_writes_the_file_of_the_checkout_by_default(tmp_path, monkeypatch):

@@ -531,6 +531,14 @@ def _differing(
     return {name: row for name, row in rows.items() if len({json.dumps(v, sort_keys=True) for v in row}) > 1}
 
 
+def _given(
+    records: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:  # by name, one mapping a run
+    "What runs were given: their parameters, and all that their recipes say where each run has recorded it."
+    whole = all(r.get("plan") for r in records)
+    return [r["parameters"] | (r["plan"] if whole else {}) for r in records]
+
+
 def _surroundings(
     record: Mapping[str, Any],
     modules: bool,  # whether all runs have receipts, which name them
@@ -584,7 +592,7 @@ def compare(
     modules = all(r.get("receipt") for r in records)
     return Comparison(
         list(records),
-        _differing([r["parameters"] for r in records]),
+        _differing(_given(records)),
         _metrics(records),
         _differing([_surroundings(r, modules) for r in records]),
         [c for pair in pairs for c in _code_changes(*pair)],

@@ -86,13 +86,20 @@ def _short(
     return next((end for end in ends if not any(i.endswith(end) or i.startswith(end) for i in others)), run)
 
 # %% ../../nbs/19_runs.results.ipynb #d2cb416f
+def _basis(
+    record: Mapping[str, Any],  # of a run
+) -> tuple[Any, Any]:  # a hash, and the recipe's values; None where the run has not recorded them
+    "What runs must share to be one row: the data, and what the recipe said."
+    return (record.get("data") or {}).get("hash"), record.get("plan")
+
+
 def _row(
     records: Sequence[Mapping[str, Any]],  # runs of one task and recipe, oldest first
     ids: Sequence[str],  # of all runs
 ) -> dict[str, Any]:  # JSON types
     "What the runs of a recipe reached."
-    data = (records[-1].get("data") or {}).get("hash")
-    here = [r for r in records if (r.get("data") or {}).get("hash") == data]
+    data, plan = _basis(records[-1])
+    here = [r for r in records if _basis(r) == (data, plan)]
     runs = list({str(r["parameters"].get("seed")): r for r in here}.values())
     code = [r.get("code") or {} for r in runs]
     return {
@@ -111,7 +118,7 @@ def _row(
         "commits": sorted({c["commit"] for c in code if c.get("commit")}),
         "machines": sorted({_machine(r) for r in runs}),
         "data": data,
-        "older_data": len(records) - len(here),
+        "older": len(records) - len(here),  # runs of other data, or of what the recipe was before
         "repeated_seeds": len(here) - len(runs),
     }
 
@@ -125,6 +132,7 @@ def _machine(record: Mapping[str, Any]) -> str:
 def collect_results(
     records: Sequence[Mapping[str, Any]],  # from `list_runs`
     tasks: Sequence[str] = (),  # the order of tasks; others follow by name
+    before: Iterable[Mapping[str, Any]] = (),  # rows that stay where no run here is of their task and recipe
 ) -> list[dict[str, Any]]:  # a row a task and recipe, JSON types; of a task the quickest first
     "What was reached by task and recipe, from the records of runs."
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
@@ -133,6 +141,7 @@ def collect_results(
     ids = [r["id"] for r in records]
     order = {name: i for i, name in enumerate(tasks)}
     rows = [_row(group, ids) for group in groups.values()]
+    rows += [dict(row) for row in before if (row["task"], row["recipe"]) not in groups]
     return sorted(rows, key=lambda r: (order.get(r["task"], len(order)), r["task"], r["seconds"], r["recipe"]))
 
 # %% ../../nbs/19_runs.results.ipynb #126b7106
