@@ -338,8 +338,14 @@ def results(task: str, as_json: bool, file: str | None, keep: bool) -> None:
     if keep and file is None:
         raise click.UsageError("--keep says what --write does; add --write")
     path = results_file() if file in (None, _DEFAULT_FILE) else Path(str(file))
-    kept = read_results(path) if keep else []
-    rows = [r for r in collect_results(list_runs(), task_names(), kept) if task in ("", r["task"])]
+    before: list[dict[str, Any]] = []
+    if file is not None:
+        try:
+            before = read_results(path)
+        except ValueError:  # a damaged file is replaced, unless what it holds is to stay
+            if keep:
+                raise
+    rows = [r for r in collect_results(list_runs(), task_names(), before if keep else ()) if task in ("", r["task"])]
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     elif rows:
@@ -347,12 +353,9 @@ def results(task: str, as_json: bool, file: str | None, keep: bool) -> None:
     elif file is None:
         click.echo(f"no finished training on all of the data in {show_path(runs_dir())}; `make train` makes one")
     if file is not None:
-        before = set()
-        with contextlib.suppress(ValueError):  # a damaged file is replaced
-            before = {(r["task"], r["recipe"]) for r in read_results(path)}
-        gone = before - {(r["task"], r["recipe"]) for r in rows}
+        was, now = ({(r["task"], r["recipe"]) for r in each} for each in (before, rows))
         click.echo(f"written: {show_path(write_results(rows, path))}", err=as_json)
-        for name in sorted(gone):
+        for name in sorted(was - now):
             click.echo(f"no longer in it: {' '.join(name)}", err=as_json)
 
 # %% ../nbs/90_cli.ipynb #5437c6f0
@@ -731,6 +734,19 @@ def models_mirror(task: str, as_json: bool) -> None:
     if any(row.behind or row.why for row in found):
         raise SystemExit(1)
 
+# %% ../nbs/90_cli.ipynb #dec1de0f
+def _decide(
+    values: dict[str, Any],  # parameters of the notebook
+) -> Path:  # decision.json, in the folder of its run
+    "Execute the gate's notebook."
+    path, target = root() / "nbs" / "promote.ipynb", root() / "out" / "promote.ipynb"
+    values = {name: value for name, value in values.items() if value != ""}
+    _refuse_early(path, values)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _execute(path, target, values, None, False)
+    receipt = json.loads(target.read_text(encoding="utf-8"))["metadata"]["project"]["receipt"]
+    return runs_dir() / receipt["runs"][0]["id"] / "decision.json"
+
 # %% ../nbs/90_cli.ipynb #50ff77bc
 @app.command("promote")
 @click.argument("challenger", default="")
@@ -782,19 +798,6 @@ def promote_model(
         _follow(registry, decision.task)
     else:
         click.echo(f"nothing was moved; `project promote --decision {show_path(path)} --yes` does", err=as_json)
-
-
-def _decide(
-    values: dict[str, Any],  # parameters of the notebook
-) -> Path:  # decision.json, in the folder of its run
-    "Execute the gate's notebook."
-    path, target = root() / "nbs" / "promote.ipynb", root() / "out" / "promote.ipynb"
-    values = {name: value for name, value in values.items() if value != ""}
-    _refuse_early(path, values)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _execute(path, target, values, None, False)
-    receipt = json.loads(target.read_text(encoding="utf-8"))["metadata"]["project"]["receipt"]
-    return runs_dir() / receipt["runs"][0]["id"] / "decision.json"
 
 # %% ../nbs/90_cli.ipynb #cc44197a
 @app.command("serve")

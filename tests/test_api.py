@@ -344,7 +344,7 @@ def test_page_and_documentation(client):
     page = client.get("/docs").text
     for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"):
         assert f'"docs/{name}"' in page and len(client.get(f"/docs/{name}").content) > 1000
-    assert "//" not in page.replace("<!DOCTYPE", "") and client.get("/docs/..%2fcore.py").status_code == 404
+    assert "//" not in page and client.get("/docs/..%2fcore.py").status_code == 404
 
 
 # --- hot swap

@@ -258,7 +258,7 @@ _MINILM: dict[str, Any] = {"model": "minilm", "epochs": 2, "lr": 1e-4, "weight_d
 
 RECIPES["fake_news"] = {
     "fast": Recipe(epochs=10, batch_size=64, **_NGRAMS),
-    # the first 128 tokens, a third of them hidden: it knows this publisher less by heart, and other news better
+    # the first 128 tokens, three tenths of them hidden: it knows this publisher less by heart, and other news better
     "minilm": Recipe(batch_size=16, max_length=128, word_dropout=0.3, **_MINILM),
 }
 RECIPES["fake_titles"] = {
