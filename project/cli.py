@@ -11,20 +11,23 @@ __all__ = ['Check', 'app', 'data', 'data_build', 'data_show', 'run_notebook', 'r
 
 # %% ../nbs/90_cli.ipynb #8e0d05bc
 import contextlib
+import difflib
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .core import _cores, cache_dir, data_dir, git_state, human_bytes, root, runs_dir, show_path
+from .core import _cores, cache_dir, data_dir, git_state, human_bytes, nearest, root, runs_dir, show_path
 
 # %% ../nbs/90_cli.ipynb #44028c46
 if TYPE_CHECKING:
@@ -43,11 +46,35 @@ class _Group(click.Group):
                 raise
             raise click.ClickException(str(e)) from e
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        "The command that is meant; an unknown one is answered with the nearest, or with `project run`."
+        name = args[0]
+        if name.startswith("-") or self.get_command(ctx, name):
+            return super().resolve_command(ctx, args)
+        run = ctx.parent is None and (root() / "nbs" / f"{Path(name).stem}.ipynb").is_file()
+        tell = f" `project run {name}` executes the notebook." if run else nearest(name, self.commands)
+        raise click.UsageError(f"No such command {name!r}.{tell}", ctx)
+
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="project")
 def app() -> None:
     "From a notebook to a monitored API."
+
+# %% ../nbs/90_cli.ipynb #58f947be
+class _NewFile(click.Path):
+    "A file to write, of the kind that its ending says."
+
+    def __init__(self, *endings: str):
+        super().__init__(dir_okay=False, path_type=Path)
+        self.endings = endings
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        "The path; a usage error for another ending."
+        path = super().convert(value, param, ctx)
+        if not str(path).lower().endswith(self.endings):
+            self.fail(f"expected a file that ends in {' or '.join(self.endings)}, got {str(value)!r}.", param, ctx)
+        return path
 
 # %% ../nbs/90_cli.ipynb #6c4dca74
 def _table(
@@ -143,23 +170,63 @@ def _find_notebook(
     raise click.BadParameter(f"no notebook {name!r}. Give a path, or one of {', '.join(there)}.", param_hint="NOTEBOOK")
 
 
+def _output_path(
+    path: Path,  # the notebook to execute
+    output: str | None,  # as it was given
+) -> Path:  # where the executed notebook goes
+    "OUTPUT, or out/NAME.ipynb; what is no notebook's path was meant as something else."
+    output = output or str(root() / "out" / path.name)
+    if "://" in output:
+        raise click.UsageError(f"OUTPUT: expected a path on this machine, got {output!r}; `papermill` writes to a URL.")
+    if not output.endswith(".ipynb") or Path(output).is_dir():
+        name, sign, value = output.partition("=")
+        why = f" A parameter is given as `-p {name} {shlex.quote(value)}`." if sign else ""
+        raise click.UsageError(f"OUTPUT: expected a file that ends in .ipynb, got {output!r}.{why}")
+    return Path(output)
+
+# %% ../nbs/90_cli.ipynb #0c6dc348
+def _read_parameters(
+    file: str | Path,  # YAML
+) -> dict[str, Any]:  # by name
+    "The parameters in a file, `name: value` each."
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode) and k.value != "<<"]
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise ValueError(f"{', '.join(twice)} stands in it more than once")
+            return super().construct_mapping(node, deep)
+
+    dates = "tag:yaml.org,2002:timestamp"
+    rules = yaml.SafeLoader.yaml_implicit_resolvers
+    Loader.yaml_implicit_resolvers = {k: [r for r in v if r[0] != dates] for k, v in rules.items()}
+    try:
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, ValueError) as e:
+        raise ValueError(f"{file}: expected YAML, found something else: {str(e).splitlines()[0]}") from e
+    except RecursionError:
+        raise ValueError(f"{file}: expected a few levels of YAML, found a value that is nested too deeply") from None
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{file}: expected `name: value` lines, found {type(content).__name__}")
+    if odd := [name for name in content or {} if not isinstance(name, str)]:
+        raise ValueError(f"{file}: expected text as names, found {odd[0]!r}; write the name in quotation marks")
+    return content or {}
+
+# %% ../nbs/90_cli.ipynb #0ce903ab
 def _parameters(
     pairs: Iterable[tuple[str, str]],  # from `-p`
     files: Iterable[str],  # from `-f`
 ) -> dict[str, Any]:  # as papermill would read them
     "The parameters of the command line, files first, typed by papermill's own rule."
-    import yaml
-
     found: dict[str, Any] = {}
     for file in files:
-        try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except yaml.YAMLError as e:
-            raise ValueError(f"{file}: expected YAML, found something else: {str(e).splitlines()[0]}") from e
-        if not isinstance(content, dict):
-            raise ValueError(f"{file}: expected `name: value` lines, found {type(content).__name__}")
-        found.update(content)
-    return found | {name: _resolve(value) for name, value in pairs}
+        found.update(_read_parameters(file))
+    for name, text in pairs:
+        if not name.isidentifier():
+            raise click.UsageError(f"-p takes a name and a value, as in `-p lr 0.1`; got the name {name!r}.")
+        found[name] = _resolve(text)
+    return found
 
 
 def _resolve(text: str) -> Any:
@@ -175,20 +242,24 @@ def _resolve(text: str) -> Any:
 def _refuse_early(
     path: Path,  # a notebook
     values: dict[str, Any],  # its parameters
-) -> None:
+    pairs: Iterable[tuple[str, str]] = (),  # those that were typed
+) -> dict[str, Any]:  # as the contract reads them; of a notebook of somebody else as they are
     "Hold the parameters against the contract at once; the engine would, once papermill is imported."
     from project.runs.contract import check, load_contract
     from project.runs.engine import uses_project
 
     contract = load_contract(path)
-    if uses_project(json.loads(path.read_text(encoding="utf-8"))):
-        check(contract, values)
+    if not uses_project(json.loads(path.read_text(encoding="utf-8"))):
+        return values
+    return check(contract, values, typed=dict(pairs))
 
 # %% ../nbs/90_cli.ipynb #bef1fa20
-def _last_reason(target: Path) -> str:
-    "How an executed notebook ended, as its receipt says."
-    ours = json.loads(target.read_text(encoding="utf-8"))["metadata"].get("project", {})
-    return str(ours.get("receipt", {}).get("reason") or "the kernel died")
+def _end_of(target: Path) -> tuple[str, str]:
+    "How an executed notebook ended, as its receipt says: status and reason, both empty where it has none."
+    if not target.is_file():
+        return "", ""
+    receipt = json.loads(target.read_text(encoding="utf-8"))["metadata"].get("project", {}).get("receipt", {})
+    return str(receipt.get("status") or ""), str(receipt.get("reason") or "")
 
 
 def _execute(path: Path, target: Path, values: dict[str, Any], kernel: str | None, log_output: bool) -> None:
@@ -211,19 +282,28 @@ def _execute(path: Path, target: Path, values: dict[str, Any], kernel: str | Non
         there = "`make setup` installs one, `jupyter kernelspec list` shows those there are"
         raise click.ClickException(f"no Jupyter kernel named {e.name!r} here; {there}") from e
     except DeadKernelError as e:
-        raise click.ClickException(f"{_last_reason(target)}\nThe executed notebook so far: {show_path(target)}") from e
+        raise click.ClickException(
+            f"{_end_of(target)[1] or 'the kernel died'}\nThe executed notebook so far: {show_path(target)}"
+        ) from e
     except papermill.PapermillExecutionError as e:
-        said = f"cell {e.cell_index}: {e.ename}: {e.evalue}" if not os.environ.get("PROJECT_DEBUG") else str(e)
+        said = _end_of(target)[1] or f"cell {e.cell_index}: {e.ename}: {e.evalue}"
+        said = str(e) if os.environ.get("PROJECT_DEBUG") else said
         raise click.ClickException(f"{said}\nThe executed notebook with the error: {show_path(target)}") from e
 
 # %% ../nbs/90_cli.ipynb #880ed6dc
 class _RunCommand(click.Command):
-    "`project run NOTEBOOK --help` lists the notebook's parameters too."
+    "A command that executes a notebook: `--help` lists its parameters too, and one in the wrong place is answered."
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         "Remember the notebook for `--help`, which click answers before it looks at arguments."
-        ctx.meta["notebook"] = next((a for a in args if not a.startswith("-")), None)
-        return super().parse_args(ctx, args)
+        ctx.meta["notebook"], given = "promote" if self.name == "promote" else _first_notebook(args), list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as e:
+            own = {name for p in self.params for name in p.opts}
+            if ctx.meta["notebook"] and (tell := _misplaced(given, own, ctx.meta["notebook"])):
+                raise click.UsageError(tell, ctx) from e
+            raise
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         "The notebook's parameters, as a list like that of the options."
@@ -234,6 +314,39 @@ class _RunCommand(click.Command):
         rows = contract_table(load_contract(_find_notebook(name)))
         with formatter.section(f"Parameters of {name}"):
             formatter.write_dl([(f"{r['parameter']} = {r['default']}", f"{r['what']} [{r['takes']}]") for r in rows])
+
+
+def _first_notebook(args: list[str]) -> str | None:
+    "The first word that is a notebook."
+    for word in args:
+        with contextlib.suppress(click.BadParameter):
+            return word if not word.startswith("-") and _find_notebook(word) else None
+    return None
+
+
+def _misplaced(
+    args: list[str],  # of a command
+    options: set[str],  # its own
+    notebook: str,  # whose parameters may have been meant
+) -> str:  # how it is said; "" where no parameter was meant
+    "What was meant by `--lr 0.1`, `-lr 0.1`, `lr=0.1` and `-p lr=0.1`."
+    from project.runs.contract import load_contract
+
+    contract, skip = load_contract(_find_notebook(notebook)), 0
+    for word, after in zip(args, [*args[1:], ""], strict=True):
+        key, sign, value = word.partition("=")
+        skip = 2 if word in ("-p", "--parameters") and "=" not in after else max(skip - 1, -1)
+        if skip >= 0 or key in options or not (sign or word.startswith("-")):
+            continue
+        name = key.lstrip("-").replace("-", "_")
+        near = difflib.get_close_matches(name, contract.names, 1, 0.7)
+        if not near and (not sign or key.startswith("-")):  # an option that is misspelt
+            continue
+        name, text = near[0] if near else name, value if sign else after
+        hidden = not text or text.startswith("-") or (near and "Secret" in str(contract[name].type))
+        shown = "VALUE" if hidden else shlex.quote(text)
+        return f"{key}: a parameter of {notebook} is given as `-p {name} {shown}`."
+    return ""
 
 # %% ../nbs/90_cli.ipynb #1a284a42
 @app.command("run", cls=_RunCommand)
@@ -266,9 +379,9 @@ def run_notebook(
     """
     import logging
 
-    path, values = _find_notebook(notebook), _parameters(pairs, files)
-    target = Path(output or root() / "out" / path.name)
-    _refuse_early(path, values)
+    path = _find_notebook(notebook)
+    target = _output_path(path, output)
+    values = _refuse_early(path, _parameters(pairs, files), pairs)
     made = not target.parent.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
     if log_output:
@@ -279,7 +392,8 @@ def run_notebook(
         if made:
             with contextlib.suppress(OSError):  # parameters that are refused leave nothing behind
                 target.parent.rmdir()
-    click.echo(f"executed: {show_path(target)}")
+    status, reason = _end_of(target)
+    click.echo(f"executed: {show_path(target)}" + (f" ({status}: {reason})" if status not in ("", "finished") else ""))
 
 # %% ../nbs/90_cli.ipynb #9bc926ea
 @app.command("runs")
@@ -319,11 +433,12 @@ _DEFAULT_FILE = "benchmarks/results/tasks.json"
     "file",
     is_flag=False,
     flag_value=_DEFAULT_FILE,
+    type=_NewFile(".json"),
     metavar="[FILE]",
     help=f"Write the JSON that the front page shows; {_DEFAULT_FILE} unless a FILE is given.",
 )
 @click.option("--keep", is_flag=True, help="With --write: rows of the file that no run here stands for stay in it.")
-def results(task: str, as_json: bool, file: str | None, keep: bool) -> None:
+def results(task: str, as_json: bool, file: Path | None, keep: bool) -> None:
     """Show what the recipes reached, from the recorded runs.
 
     Finished trainings on all of the data count. Accuracy is in percent, mean ± standard deviation (seeds); an asterisk
@@ -337,7 +452,7 @@ def results(task: str, as_json: bool, file: str | None, keep: bool) -> None:
         raise click.UsageError("--write takes the results of all tasks; leave out --task")
     if keep and file is None:
         raise click.UsageError("--keep says what --write does; add --write")
-    path = results_file() if file in (None, _DEFAULT_FILE) else Path(str(file))
+    path = results_file() if file in (None, Path(_DEFAULT_FILE)) else Path(str(file))
     before: list[dict[str, Any]] = []
     if file is not None:
         try:
@@ -376,9 +491,9 @@ def show(run: str, as_json: bool) -> None:
 # %% ../nbs/90_cli.ipynb #49055543
 @app.command("compare")
 @click.argument("names", metavar="RUN RUN…", nargs=-1, required=True)
-@click.option("--html", type=click.Path(dir_okay=False), help="Write a page with curves and figures side by side.")
+@click.option("--html", type=_NewFile(".html", ".htm"), help="Write a page with curves and figures side by side.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def compare_runs(names: tuple[str, ...], html: str | None, as_json: bool) -> None:
+def compare_runs(names: tuple[str, ...], html: Path | None, as_json: bool) -> None:
     "Compare runs: parameters, metrics against seed noise, code, outputs."
     from project.core import write_text
     from project.runs.compare import compare
@@ -386,6 +501,8 @@ def compare_runs(names: tuple[str, ...], html: str | None, as_json: bool) -> Non
 
     if len(names) < 2:
         raise click.UsageError("expected two runs or more; `project runs` lists them")
+    if html and as_json:
+        raise click.UsageError("--html writes a page; leave out --json")
     found = compare([find_run(n) for n in names])
     if html:
         click.echo(f"written: {show_path(write_text(html, found.html()))}")
@@ -566,7 +683,8 @@ def models_show(task: str, version: str, as_json: bool) -> None:
 @click.argument("target")
 @click.argument("version", default="production")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def models_verify(target: str, version: str, as_json: bool) -> None:
+@click.pass_context
+def models_verify(ctx: click.Context, target: str, version: str, as_json: bool) -> None:
     """Check all that a model says of itself.
 
     TARGET is a task in the registry (VERSION: `production` unless given), or a bundle's or a run's folder. The exit
@@ -575,6 +693,8 @@ def models_verify(target: str, version: str, as_json: bool) -> None:
     from project.bundle.registry import Registry, verify_bundle
 
     if Path(target).is_dir():
+        if ctx.get_parameter_source("version") is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{target} is a folder, which has no versions; leave out {version!r}")
         found = verify_bundle(_bundle_path(target))
     else:
         registry = Registry()
@@ -664,6 +784,7 @@ def models_lineage(task: str, version: str, as_json: bool) -> None:
     The exit status is 1 if a link of the chain does not fit.
     """
     from project.bundle.registry import Registry
+    from project.runs.contract import say_value
 
     found = Registry().lineage(task, version)
     if as_json:
@@ -678,7 +799,7 @@ def models_lineage(task: str, version: str, as_json: bool) -> None:
             "notebook": source + (f", sha256 {book['sha256'][:12]}…" if book else ""),
             "commit": f"{found['commit']}{', with uncommitted changes' if found['uncommitted_changes'] else ''}",
             "data": found["data_hash"],
-            "parameters": " ".join(f"{k}={v}" for k, v in given.items() if v not in (None, "")) or None,
+            "parameters": " ".join(f"{k}={say_value(v)}" for k, v in given.items() if v not in (None, "")) or None,
         }
         for name, text in rows.items():
             click.echo(f"{name:12} {text or 'unknown'}")
@@ -716,7 +837,8 @@ def models_gc(task: str, keep: int, yes: bool) -> None:
 def models_mirror(task: str, as_json: bool) -> None:
     """Bring W&B up to date with the registry.
 
-    It is done after every change where WANDB_API_KEY is set; this catches up after a time without a key or a network.
+    It is done after every change where W&B has a key (WANDB_API_KEY, `wandb login`); this catches up after a time
+    without a key or a network.
     The exit status is 1 if W&B lacks something in the end, or could not be asked.
     """
     from project.bundle.mirror import sync
@@ -734,21 +856,39 @@ def models_mirror(task: str, as_json: bool) -> None:
     if any(row.behind or row.why for row in found):
         raise SystemExit(1)
 
+# %% ../nbs/90_cli.ipynb #fe434459
+@contextlib.contextmanager
+def _kernel_errors(file: Path) -> Iterator[None]:
+    "What a kernel writes by itself, as it starts and is ended, goes to a file, and not among what the gate says."
+    shown, terminal = sys.stderr, os.dup(2)
+    with file.open("wb") as f:
+        os.dup2(f.fileno(), 2)
+    try:
+        if shown is sys.__stderr__:  # our own lines, and papermill's bar, stay where they were
+            sys.stderr = os.fdopen(os.dup(terminal), "w", buffering=1)
+        yield
+    finally:
+        sys.stderr = shown
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
 # %% ../nbs/90_cli.ipynb #dec1de0f
 def _decide(
     values: dict[str, Any],  # parameters of the notebook
+    pairs: Iterable[tuple[str, str]],  # those that were typed
 ) -> Path:  # decision.json, in the folder of its run
     "Execute the gate's notebook."
     path, target = root() / "nbs" / "promote.ipynb", root() / "out" / "promote.ipynb"
     values = {name: value for name, value in values.items() if value != ""}
-    _refuse_early(path, values)
+    values = _refuse_early(path, values, pairs)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _execute(path, target, values, None, False)
+    with _kernel_errors(target.with_suffix(".log")):
+        _execute(path, target, values, None, False)
     receipt = json.loads(target.read_text(encoding="utf-8"))["metadata"]["project"]["receipt"]
     return runs_dir() / receipt["runs"][0]["id"] / "decision.json"
 
 # %% ../nbs/90_cli.ipynb #50ff77bc
-@app.command("promote")
+@app.command("promote", cls=_RunCommand)
 @click.argument("challenger", default="")
 @click.option("--task", default="", help="Task, where the challenger is to be found by it.")
 @click.option(
@@ -783,8 +923,14 @@ def promote_model(
     from project.bundle.registry import Registry
 
     values = _parameters(pairs, [])
-    path = Path(file) if file else _decide(values | {"challenger": challenger, "task": task, "alias": alias})
+    if file and (late := [name for name in values if name != "registry"]):
+        raise click.UsageError(
+            f"{', '.join(late)}: the comparison in {file} is done; leave out --decision to do another"
+        )
+    path = Path(file) if file else _decide(values | {"challenger": challenger, "task": task, "alias": alias}, pairs)
     decision = read_decision(path)
+    if task not in ("", decision.task):
+        raise ValueError(f"--task: expected {decision.task}, which {show_path(path)} decides on, got {task!r}")
     click.echo(json.dumps(decision.json(), indent=1) if as_json else str(decision))
     if decision.verdict != "promote":
         raise SystemExit(1)
@@ -828,7 +974,7 @@ def serve_models(tasks: tuple[str, ...], host: str, port: int | None, workers: i
 )
 @click.option("--key", default="", envvar="PROJECT_API_KEY", help="An API key; better in the environment than here.")
 @click.option("--version", "version", default="production", help="Without --url: an alias or a version.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write a CSV here.")
+@click.option("--out", type=_NewFile(".csv"), help="Write a CSV here.")
 @click.option("--probabilities", is_flag=True, help="In a CSV: a column for each class.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON, a line an answer.")
 def predict(
@@ -851,6 +997,8 @@ def predict(
 
     from project.serve.client import connect, predict_csv, predict_files, write_answers
 
+    if out and as_json:
+        raise click.UsageError("--out writes a CSV; leave out --json")
     if out:
         counts = predict_csv(files, out, task, url, key, version, probabilities=probabilities)
         click.echo(f"{counts['rows']:,} rows in {show_path(out)}, {counts['errors']:,} without an answer")
@@ -910,9 +1058,9 @@ def list_predictions(
 
 # %% ../nbs/90_cli.ipynb #e74a5db4
 @predictions.command("export")
-@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("file", type=_NewFile(".parquet", ".pq"))
 @_log_options
-def export_predictions(file: str, log: str | None, task: str, since: str | None, until: str | None) -> None:
+def export_predictions(file: Path, log: str | None, task: str, since: str | None, until: str | None) -> None:
     "Write logged predictions to a Parquet FILE."
     from project.serve.log import PredictionTable
 
@@ -945,22 +1093,56 @@ def _check_python() -> Check:
     return "ok", "python", found
 
 
-def _check_kernel() -> Check:
-    "The Jupyter kernel that the notebooks name."
+def _kernel_python() -> str:
+    "The interpreter that the kernel named python3 runs; empty where there is no such kernel."
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
     try:
         argv = KernelSpecManager().get_kernel_spec("python3").argv
     except NoSuchKernel:
-        return "fix", "kernel", "no Jupyter kernel named python3; `make setup` installs one"
+        return ""
     # a bare "python" is this interpreter: jupyter_client puts it in when it starts the kernel
-    ours = sys.executable if argv[0] in {"python", "python3", f"python3.{sys.version_info[1]}"} else argv[0]
+    return sys.executable if argv[0] in {"python", "python3", f"python3.{sys.version_info[1]}"} else argv[0]
+
+
+def _check_kernel() -> Check:
+    "The Jupyter kernel that the notebooks name."
+    if not (ours := _kernel_python()):
+        return "fix", "kernel", "no Jupyter kernel named python3; `make setup` installs one"
     same = Path(ours).parent.resolve() == Path(sys.executable).parent.resolve()
     return (
         ("ok", "kernel", "python3")
         if same
         else ("fix", "kernel", f"python3 runs {ours}, not this environment; set JUPYTER_PREFER_ENV_PATH=1")
     )
+
+# %% ../nbs/90_cli.ipynb #2d6bb069
+_IMPORTED = """
+from importlib.util import find_spec
+found = find_spec("project")
+print(*(found and found.submodule_search_locations or ()), sep="\\n")
+"""
+
+
+def _check_package() -> Check:
+    "Whether a kernel, started beside the notebooks, imports the package of this checkout."
+    from project.runs.receipt import OtherCode, check_code, code_dir
+
+    own, nbs = code_dir(), root() / "nbs"
+    command = [_kernel_python() or sys.executable, "-c", _IMPORTED]
+    cwd = nbs if nbs.is_dir() else root()
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return "fix", "package", f"the kernel's interpreter {command[0]} cannot be asked ({e})"
+    if not (there := done.stdout.partition("\n")[0]):
+        return "fix", "package", "the kernel does not find `project`; `make setup` installs it"
+    names = [".".join(("project", *p.relative_to(own).with_suffix("").parts)) for p in own.rglob("*.py")]
+    try:
+        check_code([n for n in names if not n.endswith(("__init__", "_modidx"))], Path(there))
+    except OtherCode as e:
+        return "fix", "package", str(e)
+    return "ok", "package", f"the kernel imports {show_path(there)}"
 
 # %% ../nbs/90_cli.ipynb #f1963955
 def _check_torch() -> Check:
@@ -1027,7 +1209,7 @@ def _check_git() -> Check:
     "The commit a run would name."
     state = git_state()
     if not state["commit"]:
-        return "note", "git", "no commit found, so runs cannot name the code they ran; `git init` or clone"
+        return "note", "git", f"runs cannot name the commit they ran on: {state['problem']}"
     return (
         "ok",
         "git",
@@ -1045,6 +1227,7 @@ def doctor(as_json: bool) -> None:
     checks: list[Callable[[], Check]] = [
         _check_python,
         _check_kernel,
+        _check_package,
         _check_torch,
         _check_data,
         _check_dvc,
@@ -1075,3 +1258,7 @@ def completion(shell: str) -> None:
     cls = get_completion_class(shell)
     assert cls is not None  # click.Choice has made sure
     click.echo(cls(app, {}, "project", "_PROJECT_COMPLETE").source())
+
+# %% ../nbs/90_cli.ipynb #fece7d88
+if __name__ == "__main__" and "__file__" in globals():
+    app(prog_name="project")

@@ -62,6 +62,7 @@ def show_history(
     rows: Sequence[Mapping[str, Any]],  # metrics by step or epoch; not every row has every metric
     groups: Sequence[Sequence[str]] = (("train/loss", "val/loss"), ("val/acc",)),  # the metrics of each panel
     x: str = "epoch",  # what runs along
+    mark: float | None = None,  # where a dotted line stands, as at the epoch that is served
 ) -> "Figure":
     "Curves of a training, a panel a group of metrics."
     figure, axes = _figure(4.2 * len(groups), 2.6, ncols=len(groups), squeeze=False)
@@ -79,6 +80,8 @@ def show_history(
                 )
         ax.set_xlabel(x)
         ax.grid(alpha=0.3)
+        if mark is not None and ax.lines:
+            ax.axvline(mark, color="gray", linestyle=":", linewidth=1)
         if ax.lines:
             ax.legend(fontsize=8)
     return figure
@@ -238,13 +241,19 @@ class Passages:
             raise ValueError(f"cut: expected 1 or more characters, got {cut}")
         self.rows, self.cut = list(rows), cut
 
+    def _lines(self, clean: Any, mark: tuple[str, str]) -> list[list[str]]:
+        "Head and rows; without the words that mattered where no row has any."
+        lines = [list(_HEAD), *(_passage(row, self.cut, clean, mark) for row in self.rows)]
+        told = any(row.get("words") for row in self.rows)
+        return lines if told else [line[:3] + line[4:] for line in lines]
+
     def _repr_markdown_(self) -> str:
-        cells = [_passage(row, self.cut, _plain_markdown, ("**", "**")) for row in self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in [_HEAD, ["---"] * len(_HEAD), *cells])
+        head, *cells = self._lines(_plain_markdown, ("**", "**"))
+        return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *cells])
 
     def _repr_html_(self) -> str:
-        cells = [_passage(row, self.cut, escape, ("<b>", "</b>")) for row in self.rows]
-        head = "".join(f"<th>{name}</th>" for name in _HEAD)
+        names, *cells = self._lines(escape, ("<b>", "</b>"))
+        head = "".join(f"<th>{name}</th>" for name in names)
         left = '<td style="text-align:left">'
         body = "".join("<tr>" + "".join(f"{left}{cell}</td>" for cell in line) + "</tr>" for line in cells)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

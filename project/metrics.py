@@ -33,7 +33,7 @@ def _check(
 
 # %% ../nbs/05_metrics.ipynb #5bc1809f
 def wilson_interval(
-    successes: int,  # how many were right
+    successes: float,  # how many were right; of several models on the same rows, their mean
     n: int,  # of how many
     confidence: float = 0.95,  # of the interval
 ) -> tuple[float, float]:  # lower and upper end

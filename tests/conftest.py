@@ -1,5 +1,6 @@
 """Fixtures for every test: folders of its own, and the process's global state as it was before."""
 
+import os
 import random
 import signal
 import subprocess
@@ -45,6 +46,12 @@ def restored():
 
 
 @pytest.fixture(scope="session")
+def seed():
+    """Of networks that tests train: their verdicts must not hang on it, so `PROJECT_TEST_SEED` may be any."""
+    return int(os.environ.get("PROJECT_TEST_SEED", "0"))
+
+
+@pytest.fixture(scope="session")
 def root():
     """Top of the checkout."""
     return ROOT
@@ -70,3 +77,14 @@ def small_disk(request, tmp_path):
         pytest.skip("no small file system can be mounted here (it needs root)")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def without_locks(tmp_path, monkeypatch):
+    """Processes that a test starts find that no folder has file locks, as on a bucket that is mounted as one."""
+    (tmp_path / "site").mkdir()
+    script = (
+        "import errno, fcntl\ndef flock(file, how):\n    raise OSError(errno.EOPNOTSUPP, 'Operation not supported')\n"
+    )
+    (tmp_path / "site" / "sitecustomize.py").write_text(f"{script}fcntl.flock = flock\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 600  # for one notebook; far above what any takes, so that only a hang meets it
 OWN_GROUP = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}  # a new process group
 SMOKE = {"limit_batches": "5"}  # parameters that make a run small, given to notebooks that have them
+TRAINS = re.compile(r"\bfit\(|optimizer\.step\(")  # in a notebook that trains a network
 NEEDS = {
     "evaluate.ipynb": "train.ipynb",
     "loadtest.ipynb": "train.ipynb",
@@ -39,6 +40,7 @@ def isolated_environment(folder):
         "WANDB_CACHE_DIR": "wandb",
         "WANDB_CONFIG_DIR": "wandb",
         "WANDB_DATA_DIR": "wandb",
+        "NETRC": "netrc",
         "XDG_CONFIG_HOME": "config",
         "IPYTHONDIR": "ipython",
         "JUPYTER_CONFIG_DIR": "jupyter",
@@ -51,7 +53,7 @@ def isolated_environment(folder):
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
         "MPLBACKEND": "agg",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": os.environ.get("PROJECT_TEST_THREADS", "1"),
         "OMP_WAIT_POLICY": "passive",
     }
     return paths | fixed
@@ -108,7 +110,10 @@ class NotebookFile(pytest.File):
     def collect(self):
         """Yield the notebook as a run or as a lesson."""
         kind = LessonItem if parameters_cell(self.path) is None else RunItem
-        yield kind.from_parent(self, name="run")
+        item = kind.from_parent(self, name="run")
+        if kind is RunItem or TRAINS.search(self.path.read_text(encoding="utf-8")):
+            item.add_marker("trained")
+        yield item
 
 
 class NotebookItem(pytest.Item):

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -626,3 +628,99 @@ def test_two_tasks_of_one_kind(tmp_path):
         found = [client.post(f"/predict/{t}", files={"file": png(250)}).json() for t in ("brightness", "other")]
         assert found[0]["class"] == found[1]["class"] == "bright"
         assert found[0]["confidence"] > found[1]["confidence"]
+
+
+# --- texts as they are published
+
+
+PUBLISHED = [  # datelines and publishers of many agencies, as files have them and as people paste them
+    ("Markets fall - The New York Times", "WASHINGTON (Reuters) - Markets fell on Monday, traders said."),
+    (" Senate votes on taxes | Fox News ", " (CNN)The Senate voted on taxes in the night."),
+    ("Storm reaches the coast", "LONDON, Dec. 3 (UPI) -- The storm reached the coast.\n\nPARIS (AFP) - Trains stand."),
+    ("CNN Politics | A new law", "MOSCOW, December 5. /TASS/. The law (Reuters) was signed."),
+    ("Leader’s speech", "(Corrects date) By Ann Lee and Bo Hu SEOUL (Reuters) – The leader spoke.\r\n"),
+    ("", "Orlando, Florida (CNN) The rally began (AP Photo/Jane Doe)."),
+    ("Who spoke? – Breitbart", ""),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Data built from published rows, a network that reads it, and its bundle; with weights as they are born."""
+    from project.bundle.export import export_bundle
+    from project.data.store import build
+    from project.models.text import NgramBag
+    from project.train.fit import get_recipe
+    from project.train.prepare import read_inputs
+
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "fake_news").mkdir()
+    for name, label in (("Fake.csv", "wrong"), ("True.csv", "right")):
+        rows = [{"title": title, "text": text} for title, text in PUBLISHED if text] if label == "right" else []
+        rows += [{"title": f"{label} {i}", "text": f"It is {label} {i} {7 * i} {11 * i}"} for i in range(40)]
+        with (folder / "fake_news" / name).open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, ("title", "text"))
+            table.writeheader()
+            table.writerows(rows)
+    data = build("fake_news", folder / "data", source=folder)
+    recipe = get_recipe("fake_news", "fast")
+    tokens, tokenizer = read_inputs(recipe, data)
+    net = NgramBag(2, tokenizer.get_vocab_size(), buckets=1024).eval()
+    about = {"task": "news", "classes": data.classes, "max_length": 512, "fields": data.texts.fields}
+    bundle = export_bundle(net, folder / "bundle", tokens=list(tokens), tokenizer=tokenizer, **about)
+    return data, tokens, net, bundle
+
+
+def test_published_rows_are_read_by_bundle_and_service_as_training_reads_them(trained, tmp_path):
+    from project.bundle.manifest import bundle_tokenizer, run_bundle
+    from project.bundle.registry import Registry
+    from project.serve.predictor import Predictor
+    from project.train.prepare import predict
+
+    data, tokens, net, bundle = trained
+    where = [data.ids.index(f"True.csv:{i}") for i in range(2, 2 + sum(bool(text) for _, text in PUBLISHED))]
+    raw = [{"title": title, "text": text} for title, text in PUBLISHED if text]
+    stored = predict(net, tokens)[where]
+    predictor, tokenizer = Predictor(bundle), bundle_tokenizer(bundle)
+    for row, sent in zip(where, raw, strict=True):
+        assert predictor.read_text(sent).tolist() == tokens[row].tolist()
+        joined = "\n".join(value for value in sent.values() if value.strip())
+        assert tokenizer.encode(joined).ids == tokens[row].tolist()
+    np.testing.assert_allclose(run_bundle(bundle, raw)[0], stored, atol=1e-5)
+    registry = Registry(tmp_path / "registry")
+    registry.alias("news", "production", registry.add(bundle).name)
+    with Server(tmp_path) as server:
+        answers = [server.client.post("/predict/news", json=sent) for sent in raw]
+        found = [[answer.json()["probabilities"][name] for name in data.classes] for answer in answers]
+    np.testing.assert_allclose(found, stored, atol=1e-4)
+
+
+def test_a_title_alone_is_read_without_its_publisher(trained):
+    from project.serve.predictor import Predictor
+
+    predictor = Predictor(trained[3])
+    for title, plain in (
+        ("Who spoke? – Breitbart", "Who spoke?"),
+        ("Markets fall - The New York Times", "Markets fall"),
+        ("Senate votes on taxes | Fox News", "Senate votes on taxes"),
+    ):
+        assert predictor.read_text({"title": title}).tolist() == predictor.read_text({"title": plain}).tolist()
+
+
+def test_a_bundle_of_before_reads_as_it_did(trained, tmp_path):
+    """What is taken out lies in the bundle's tokenizer.json: one with other steps goes on with those."""
+    from project.bundle.manifest import write_manifest
+    from project.serve.predictor import Predictor
+
+    old = tmp_path / "old"
+    shutil.copytree(trained[3].path, old)
+    made = json.loads((old / "tokenizer.json").read_text(encoding="utf-8"))
+    steps = made["normalizer"]["normalizers"]
+    dateline = {"type": "Replace", "pattern": {"Regex": r"^[^\n]{0,200}?\(Reuters[^)\n]{0,20}\) - "}, "content": ""}
+    made["normalizer"]["normalizers"] = [dateline, *steps[3:]]
+    (old / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
+    before, now = Predictor(write_manifest(old, **trained[3].manifest)), Predictor(trained[3])
+    same = {"title": "Storm", "text": "ROME (Reuters) - The storm"}
+    assert before.read_text(same).tolist() == now.read_text(same).tolist()
+    other = {"title": "Storm | Fox News", "text": "(CNN)The storm"}
+    assert len(before.read_text(other)) > len(now.read_text(other))

@@ -34,18 +34,22 @@ from project.data.tokens import encode, pad
 from project.models.text import build_text_model, text_tokenizer
 from project.train.fit import fit, get_recipe, predict
 
-# Pictures: a network of ten seconds on the committed sample
+pytestmark = pytest.mark.trained
+
+# Pictures: a network of ten seconds on the committed sample. What it learns depends on the processor, the number of
+# threads and the seed, so a limit lies well below the lowest of 24 trainings (six seeds, two instruction sets, 8 and
+# 16 epochs).
 
 
 @pytest.fixture(scope="module")
-def clothes(tmp_path_factory):
+def clothes(tmp_path_factory, seed):
     """The sample, a network trained on it, and what that says of pictures."""
     folder = tmp_path_factory.mktemp("clothes")
     with pytest.MonkeyPatch.context() as env:
         env.setenv("PROJECT_DATA", str(folder / "data"))
         data = build("fashion_mnist")
-        recipe = get_recipe(model="cnn-xs", epochs=8, batch_size=50)
-        net = fit(recipe, data, folder / "run", seed=0, accelerator="cpu", precision="fp32").net
+        recipe = get_recipe(model="cnn-xs", epochs=16, batch_size=50)
+        net = fit(recipe, data, folder / "run", seed=seed, accelerator="cpu", precision="fp32").net
     return data, lambda images: predict(net, images)
 
 
@@ -60,15 +64,17 @@ def seen(clothes):
 
 @pytest.mark.parametrize("change", image_changes(28))
 def test_light_a_step_and_a_mirror_do_not_matter(seen, change):
-    assert seen[change].n == 100 and seen[change].share >= 0.85, seen[change]
+    least = 0.85 if "%" in change else 0.7  # the lowest seen: .94 for light, .82 for a step and the mirror
+    assert seen[change].n == 100 and seen[change].share >= least, seen[change]
 
 
 def test_with_the_middle_covered_it_is_less_sure(seen):
-    assert seen["less sure with the middle covered"].share >= 0.9
+    assert seen["less sure with the middle covered"].share >= 0.8  # the lowest seen: .94
 
 
 def test_the_most_typical_clothes_are_known(seen):
-    assert seen["the most typical of each class"].n == 10 and len(seen["the most typical of each class"].failed) <= 1
+    # the most that failed: 1 of 10, and 3 with half the epochs; by chance 9 do
+    assert seen["the most typical of each class"].n == 10 and len(seen["the most typical of each class"].failed) <= 4
 
 
 def test_an_untrained_network_does_not_pass(clothes):
@@ -112,7 +118,7 @@ def made_headlines(n=400, seed=0):
     return [t if draw.random() < 0.8 else f"{t} on {draw.choice(['Monday', 'Friday'])}" for t in texts], np.array(kinds)
 
 
-def read_model(texts, labels, epochs, seed=0):
+def read_model(texts, labels, epochs, seed):
     """A bag of n-grams, trained in a few seconds; what it says of texts."""
     torch.manual_seed(seed)
     tokenizer = text_tokenizer("ngrams", texts)
@@ -139,9 +145,9 @@ def read_model(texts, labels, epochs, seed=0):
     return ask
 
 
-def check_reader(texts, labels, epochs, least):
+def check_reader(texts, labels, epochs, least, seed):
     """Train on most of the texts, try the rest."""
-    ask = read_model(texts[:-100], labels[:-100], epochs)
+    ask = read_model(texts[:-100], labels[:-100], epochs, seed)
     words = telling_words(texts[:-100], labels[:-100], 2)
     assert (ask(texts[-100:]).argmax(1) == labels[-100:]).mean() >= least
     found = {o.name: o for o in text_behaviour(ask, texts[-100:], words, ("fake", "real"))}
@@ -153,14 +159,14 @@ def check_reader(texts, labels, epochs, least):
     assert found["nothing but a class's own words"].share == 1
 
 
-def test_a_reader_of_made_headlines():
+def test_a_reader_of_made_headlines(seed):
     texts, labels = made_headlines()
-    check_reader(texts, labels, epochs=5, least=0.95)
+    check_reader(texts, labels, epochs=5, least=0.95, seed=seed)
 
 
-def test_words_push_a_reader_their_way():
+def test_words_push_a_reader_their_way(seed):
     texts, labels = made_headlines()
-    ask = read_model(texts, labels, 5)
+    ask = read_model(texts, labels, 5, seed)
     for k, words in ((0, "WATCH: hilarious, liberals are losing it!"), (1, "officials say, sources say")):
         outcome = direction(ask, list(SHARED), lambda x, w=words: [f"{t} {w}" for t in x], k)
         assert outcome.share == 1, outcome.failed
@@ -168,7 +174,7 @@ def test_words_push_a_reader_their_way():
     assert minimum(ask, simple, [0, 1]).share == 1
 
 
-def test_a_reader_of_real_headlines(request):
+def test_a_reader_of_real_headlines(request, seed):
     given = request.config.environment_before.get("PROJECT_SOURCE", "")
     file = Path(given) / "fake_titles" / "real_and_fake_news.csv.gz"
     if not given or not file.is_file():
@@ -177,7 +183,7 @@ def test_a_reader_of_real_headlines(request):
         found = [(row["text"].lower(), int(row["label"])) for row in csv.DictReader(f)]
     random.Random(0).shuffle(found)
     texts, labels = zip(*found[:6000], strict=True)
-    check_reader(list(texts), np.array(labels), epochs=3, least=0.85)
+    check_reader(list(texts), np.array(labels), epochs=3, least=0.85, seed=seed)
 
 
 # The tests themselves

@@ -152,8 +152,13 @@ BAD_FIELDS = [
     ({"classes": ["a", "b", "c"]}, "found 2 probabilities and 3 names"),
     ({"metrics": [1]}, "metrics: expected"),
     ({"calibration": 1.5}, "calibration: expected"),
+    ({"checkpoint": "best.ckpt"}, "checkpoint: expected"),
+    ({"checkpoint": ["epoch", 3]}, "checkpoint: expected"),
     ({"temperature": 0}, "temperature: expected a number above 0, found 0"),
     ({"temperature": True}, "temperature"),
+    ({"partial": "5 batches an epoch"}, "partial: expected a list of texts"),
+    ({"partial": [5]}, "partial: expected a list of texts"),
+    ({"partial": [""]}, "partial: expected a list of texts"),
     ({"temperature": float("inf")}, "temperature"),
     ({"outputs": {}}, "outputs: expected probabilities and embedding"),
     ({"outputs": None}, "outputs: expected probabilities and embedding"),
@@ -174,6 +179,15 @@ def test_bad_fields_refused_at_both_ends(folder, change, message):
     edit(folder, lambda found: found | change)
     with pytest.raises(BundleError, match=message):
         open_bundle(folder)
+
+
+def test_a_bundle_says_that_it_was_trained_in_part(folder):
+    part = write_manifest(folder, **fields(partial=["5 batches an epoch, as in a smoke test", "2 epochs | of 4"]))
+    assert open_bundle(folder).manifest["partial"][0].startswith("5 batches")
+    assert (
+        "| **trained in part** | 5 batches an epoch, as in a smoke test; 2 epochs \\| of 4 |" in part._repr_markdown_()
+    )
+    assert "trained in part" not in write_manifest(folder, **fields(partial=[]))._repr_markdown_()
 
 
 def test_a_file_is_added_later(folder):
@@ -902,13 +916,16 @@ def test_a_keyboard_interrupt_stays_one():
 
 
 def test_texts_shown_as_a_table(news):
-    bundle = write_manifest(news.path, **text_fields(temperature=1.5, calibration={"ece": 0.0123456, "rows": 400}))
+    chosen = {"epoch": 3, "epochs": 20, "reason": "the latest that | is good"}
+    calibration = {"ece": 0.0123456, "rows": 400}
+    bundle = write_manifest(news.path, **text_fields(temperature=1.5, calibration=calibration, checkpoint=chosen))
     table = bundle._repr_markdown_()
     for row in (
         "| **input** | ids int64 NL (N, L) |",
         "| **reads** | title, text; up to 6 ids of a row |",
         "| **temperature** | 1.5 |",
         "| **calibration ece** | 0.01235 |",
+        "| **epoch** | 3 of 20; the latest that \\| is good |",
         "| **tokenizer.json** |",
     ):
         assert row in table
@@ -982,3 +999,13 @@ def test_import_is_light():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "numpy", "onnx", "onnxruntime", "pandas", "lightning", "pytorch_lightning"}
     assert not (heavy | {"tokenizers", "transformers"}) & set(loaded)
+
+
+def test_a_link_to_a_bundle_stays_when_the_bundle_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "old").touch()
+    (tmp_path / "link").symlink_to("there")
+    with staged(tmp_path / "link", replace=True) as new:
+        (new / "new").touch()
+    assert (tmp_path / "link").is_symlink() and [p.name for p in (tmp_path / "there").iterdir()] == ["new"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "there"]

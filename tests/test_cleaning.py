@@ -9,9 +9,15 @@ import pytest
 from PIL import Image
 
 from project.data.cleaning import (
+    _EDGES,
+    _alike,
+    _edges,
     _groups,
+    _hashes,
     _likeness,
     _link,
+    _near_bits,
+    _packed,
     _same_key,
     _thumbnails,
     blank,
@@ -178,6 +184,87 @@ def test_each_pair_of_equal_keys_once():
     assert sorted(pairs) == [(a, b) for a in range(300) for b in range(a + 1, 300) if keys[a] == keys[b]]
     crowd = list(_same_key(np.zeros(2000, np.uint16)))
     assert len(crowd) == 64 and len(crowd[0][0]) == 1999  # bounded, and neighbours are linked
+
+
+# ---- parts of images
+
+
+def part_of(image, left, top, edge):
+    """What somebody cut out of an image, in the image's size, saved as a JPEG."""
+    size = round(edge * image.width)
+    x, y = round(left * image.width), round(top * image.height)
+    return saved_again(image.crop((x, y, x + size, y + size)).resize(image.size, Image.Resampling.BICUBIC), 75)
+
+
+def stacked(images):
+    return np.stack([np.asarray(image) for image in images])
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_photograph_that_was_cut_more_tightly_is_found(colour):
+    made = photos(150, 128, 7, colour)
+    parts = [
+        part_of(made[3], 0, 0, 0.85),
+        part_of(made[20], 0.3, 0.1, 0.7),
+        part_of(made[40], 0.25, 0.1, 0.7),
+        part_of(made[60].point(lambda v: min(255, v * 1.15)), 0.05, 0.1, 0.9),
+        part_of(made[80].transpose(Image.Transpose.FLIP_LEFT_RIGHT), 0.2, 0.2, 0.75),  # mirrored
+        made[100].transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    ]
+    groups = near_images(stacked(made + parts))
+    assert groups == [[row, 150 + i] for i, row in enumerate((3, 20, 40, 60, 80, 100))]
+
+
+def test_strangers_are_no_parts_of_each_other():
+    assert near_images(stacked(photos(300, 96, 11))) == []
+
+
+def test_the_training_row_goes_and_the_test_row_stays():
+    made = photos(60, 96, 5)
+    rows = stacked([*made, part_of(made[4], 0.1, 0.1, 0.75), part_of(made[50], 0.2, 0.0, 0.8)])
+    part = [0] * 50 + [1] * 10 + [1, 0]  # 60: a part of training row 4; 61: of test row 50
+    cleaned, report = clean(examples(rows, [0, 1] * 31, part))
+    assert kinds(cleaned) == {4: "near", 61: "near"}
+    assert cleaned.part[[60, 50]].tolist() == [1, 1] and cleaned.part[[4, 61]].tolist() == [-1, -1]
+    near = report["near"]
+    assert near["pairs"] == {"whole": 0, "part": 2} and near["left_out"] == 2 and near["in_train_and_test"] == 2
+    kept, report = clean(examples(rows, [0, 1] * 31, part), near=False)
+    assert kinds(kept) == {} and report["near"]["left_out"] == 0 and report["near"]["groups"] == 2
+
+
+def test_parts_within_training_stay_together():
+    made = photos(40, 96, 6)
+    rows = stacked([*made, part_of(made[8], 0.15, 0.1, 0.8)])
+    assert clean(examples(rows, [0, 1] * 20 + [0], [0] * 41))[1]["together"] == [[8, 40]]
+
+
+def test_the_search_for_parts_is_bounded():
+    assert _edges(2_000) == _EDGES and _edges(18_000) == (32, 36) and _edges(40_000) == (32,)
+    assert _edges(70_000) == _edges(1_000_000) == ()
+
+
+# ---- no pair of hashes is missed
+
+
+@pytest.mark.parametrize(("n", "radius"), [(1, 9), (2, 200), (400, 100), (333, 112)])
+def test_all_pairs_of_hashes_are_those_of_a_plain_loop(n, radius):
+    bits = np.random.default_rng(n).random((n, 256)) < 0.5
+    words_ = _packed(bits)
+    found = np.concatenate(list(_near_bits(words_, words_, radius))).tolist()
+    pairs = itertools.combinations(range(n), 2)
+    assert sorted(found) == [[a, b] for a, b in pairs if (bits[a] != bits[b]).sum() <= radius]
+    other = _packed(bits[: n // 2])
+    found = np.concatenate([np.zeros((0, 2), int), *_near_bits(other, words_, radius)]).tolist()
+    assert sorted(found) == [[a, b] for a in range(n // 2) for b in range(n) if (bits[a] != bits[b]).sum() <= radius]
+
+
+def test_a_crowd_is_one_group_without_all_of_its_pairs():
+    one = np.asarray(photos(1, 48)[0], int)
+    many = np.clip(one + np.random.default_rng(0).normal(0, 1, (600, 48, 48)), 0, 255).astype(np.uint8)
+    thumbnails = _thumbnails(many, np.arange(600))
+    hashes = _packed(_hashes(thumbnails))
+    pairs = _alike(thumbnails, _near_bits(hashes, hashes, 64), 0.6)
+    assert _groups(pairs) == [[*range(600)]] and len(pairs) < 600 * 90  # of 179,700
 
 
 # ---- near texts
@@ -371,8 +458,9 @@ def test_real_faces(real):
     found = real("face_emotion")
     start = time.perf_counter()
     cleaned, report = clean(found)
-    assert time.perf_counter() - start < 30
-    assert 100 < report["near"]["groups"] < len(found.labels) / 20
+    assert time.perf_counter() - start < 600  # a minute or two where nobody else calculates
+    assert 1000 < report["near"]["groups"] < len(found.labels) / 10
+    assert report["near"]["pairs"]["whole"] == 1757 and report["near"]["pairs"]["part"] > 2000
     assert set(kinds(cleaned).values()) <= {"near", "copy", "conflict", "blank"}
     for groups in (report["near"]["list"], report["together"]):  # nothing of a group is on the other side
         for group in groups:
@@ -381,7 +469,7 @@ def test_real_faces(real):
     if "ood-equalized" in report["ood"]:
         shared = report["ood"]["ood-equalized"]
         rows = (found.part == found.parts.index("ood-equalized")).sum()
-        assert shared["rows_in_test"] > 0.7 * rows and shared["rows_in_train"] < 0.1 * rows
+        assert shared["rows_in_test"] > 0.7 * rows and shared["rows_in_train"] < 0.2 * rows
 
 
 def test_real_headlines(real):
@@ -392,3 +480,11 @@ def test_real_headlines(real):
     texts = found.inputs.joined()
     assert 10 < report["near"]["groups"] < 0.05 * len(texts)
     assert all(max(jaccard(texts[a], texts[b]) for b in g if b != a) >= 0.5 for g in report["near"]["list"] for a in g)
+
+
+def test_real_dogs_that_were_cut_more_tightly(real):
+    """Photographs of the test part that stand in training, cut more tightly; looked at one by one."""
+    found = real("dog_breeds")
+    report = clean(found)[1]
+    near = report["near"]
+    assert near["pairs"]["part"] >= 35 and near["pairs"]["whole"] == 17 and near["left_out"] >= 9

@@ -6,12 +6,14 @@ import random
 import string
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from project.cli import app
+from project.cli import _check_git, app
+from project.core import git_state
 
 
 @pytest.fixture
@@ -104,10 +106,52 @@ def test_a_notebook_that_fails_names_its_cell(call, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def refused_owner(folder: Path, monkeypatch) -> None:
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch for its tests
+
+
+def without_git(folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def without_commit(folder: Path, monkeypatch) -> None:
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+
+
+def damaged(folder: Path, monkeypatch) -> None:
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    (folder / ".git" / "config").write_text("[core")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (refused_owner, "belongs to another user; `git config --global --add safe.directory"),
+        (without_git, "git cannot be started (No such file or directory); install it"),
+        (without_commit, "the repository has no commit yet; `git commit` makes one"),
+        (damaged, "fatal: bad config line"),
+        (lambda folder, _: None, "this is no git repository; `git init` makes one"),
+        (lambda folder, _: folder.rmdir(), "the folder is not there"),
+    ],
+)
+def test_why_there_is_no_commit_is_what_git_says(tmp_path, monkeypatch, prepare, said):
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    monkeypatch.setenv("PROJECT_ROOT", str(folder))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.delenv("PROJECT_COMMIT", raising=False)
+    prepare(folder, monkeypatch)
+    state, what, found = _check_git()
+    assert (state, what) == ("note", "git") and said in found
+    assert ("git init" in found) is ("no git repository" in found)
+    assert git_state()["commit"] is None and said in git_state()["problem"]
+
+
 def test_doctor_looks_at_everything(call):
     done = call("doctor", "--json")
     found = {c["what"]: c for c in json.loads(done.output)}
-    assert {"python", "kernel", "torch", "data", "dvc", "wandb", "disk", "git"} == set(found)
+    assert {"python", "kernel", "package", "torch", "data", "dvc", "wandb", "disk", "git"} == set(found)
     assert found["torch"]["state"] == "ok" and "project data build" in found["data"]["found"]
     assert done.exit_code == int(any(c["state"] == "fix" for c in found.values()))
 
@@ -217,3 +261,96 @@ def test_predictions_are_listed_exported_and_expired(call, tmp_path):
     assert call("predictions", "export", str(tmp_path / "log.parquet"), "--log", url).output.startswith("1 ")
     assert call("predictions", "purge", "--days", "0", "--yes", "--log", url).output.startswith("1 ")
     assert "no such" in call("predictions", "list", "--log", url).output
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("lr=0.1",), "`-p lr 0.1`"),
+        (("--lr", "0.1"), "`-p lr 0.1`"),
+        (("-lr", "0.1"), "`-p lr 0.1`"),
+        (("-p", "lr=0.1"), "`-p lr 0.1`"),
+        (("--label-smoothing=0",), "`-p label_smoothing 0`"),
+        (("--epoch", "3"), "`-p epochs 3`"),
+        (("out.ipynb", "lr=0.1"), "`-p lr 0.1`"),
+        (("out",), "expected a file that ends in .ipynb"),
+        (("gs://b/out.ipynb",), "`papermill` writes to a URL"),
+        (("--kernal", "x"), "--kernel"),
+    ],
+)
+def test_a_parameter_in_the_wrong_place_is_answered_and_makes_no_file(call, tmp_path, monkeypatch, args, text):
+    monkeypatch.chdir(tmp_path)
+    done = call("run", "train", *args)
+    assert done.exit_code == 2 and text in done.output and not list(tmp_path.iterdir()), done.output
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("predict", "a.csv", "--out", "photo.png"),
+        ("results", "--write", "fashion_mnist"),
+        ("compare", "a", "b", "--html", "c"),
+        ("predictions", "export", "fashion_mnist"),
+    ],
+)
+def test_a_word_in_the_wrong_place_is_not_written_over(call, tmp_path, monkeypatch, args):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / args[-1]).write_text("mine")
+    done = call(*args)
+    assert done.exit_code == 2 and "expected a file that ends in" in done.output
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_would_be_ignored_is_refused(call, tmp_path):
+    (tmp_path / "d.json").write_text("{}")
+    done = call("promote", "--decision", str(tmp_path / "d.json"), "-p", "alpha", "0.1")
+    assert done.exit_code == 2 and "alpha: the comparison" in done.output
+    assert "which has no versions" in call("models", "verify", str(tmp_path), "v1").output
+    assert "leave out --json" in call("predict", "a.csv", "--out", "b.csv", "--json").output
+    assert "`-p alpha 0.1`" in call("promote", "--alpha", "0.1").output
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(call):
+    assert "Did you mean 'results'?" in call("result").output
+    assert "Did you mean 'rollback'?" in call("models", "rolback").output
+    assert "`project run evaluate` executes the notebook" in call("evaluate").output
+
+
+@pytest.mark.parametrize("module", ["project", "project.cli"])
+def test_the_modules_are_the_command(module, tmp_path):
+    env = os.environ | {"PROJECT_RUNS": str(tmp_path)}
+    command = [sys.executable, "-m", module, "runs"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "make train" in done.stdout, done.stderr
+    assert subprocess.run([*command, "--nope"], env=env, capture_output=True, timeout=120).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("seed: 1\nseed: 2", "seed stands in it more than once"),
+        ("1: 2", "expected text as names, found 1"),
+        ("yes: true", "expected text as names, found True"),
+        ("seed: .nan", "seed: expected a whole number"),
+        ("lr: .inf", "it is not finite"),
+        ("lr: " + "9" * 400, "lr: expected a number"),
+        ("lr: " + "9" * 5000, "expected YAML"),
+        ("task: 2026-01-02", "got '2026-01-02'"),
+        ("task: 94", "write it in quotation marks"),
+        ("task: &a [*a]", "task: expected text"),
+        ("task: !!binary aGVsbG8=", "task: expected text, got b'hello'"),
+        ('task: "\\ud800"', "half a character"),
+        ("task: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("&a task: x\n*a : y", "expected YAML"),
+        ("lr: 0.1\n---\nlr: 0.2", "expected YAML"),
+    ],
+)
+def test_a_file_of_odd_parameters_is_refused_in_a_sentence(call, tmp_path, content, text):
+    (tmp_path / "p.yaml").write_text(content)
+    done = call("run", "train", str(tmp_path / "out.ipynb"), "-f", str(tmp_path / "p.yaml"))
+    assert done.exit_code == 1 and text in done.output and not (tmp_path / "out.ipynb").exists(), done.output
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+
+
+def test_a_name_that_reads_as_a_number_reaches_the_recipes(call):
+    assert "94 is called 'better' now" in call("run", "train", "-p", "recipe", "94").output

@@ -126,8 +126,8 @@ def test_rows_of_a_table_fail_alone(place, service, tmp_path):
         (b"", "an empty file"),
         (b"title,text\nab\xff,c\n", "expected UTF-8"),
         (b"title,text\na\0b,c\n", "NUL"),
-        (b'title,text\n"a"b,c\n', "expected CSV, found a fault"),
-        (b'title,text\na,b\n"never closed', "expected CSV, found a fault"),
+        (b'title,text\n"a"b,c\n', "row 2: expected a comma or the end of the row after a quote"),
+        (b'title,text\na,b\n"never closed', "row 3: expected a quote at the end of a text, found the end of the file"),
     ],
 )
 def test_a_table_that_is_none_is_told_before_anything_is_asked(place, tmp_path, content, words):

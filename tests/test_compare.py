@@ -94,7 +94,7 @@ def test_a_run_is_shown_with_the_verdict_on_its_receipt(made, one):
     data = json.loads(json.dumps(run_as_json(made[1])))
     assert data["verdict"]["state"] == "FRESH" and data["parameters"]["seed"] == 1
     (one["path"] / "notebook.ipynb").unlink()
-    assert "receipt   none: the run was not executed by papermill" in show_run(one)
+    assert "receipt   none: no executed notebook in its folder" in show_run(one)
     assert run_as_json(one)["verdict"] is None
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,9 +13,12 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from project.runs.engine import uses_project
+from project.runs.receipt import used_modules, verify
 from project.runs.record import list_runs
 
 PYTHON = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+BIN = Path(sys.executable).parent
 OPEN = "from project.runs.record import start_run\nrun = start_run('t', notebook='nbs/x.ipynb')"
 
 
@@ -54,6 +58,54 @@ def test_a_run_that_did_not_end_well_says_so(tmp_path, cells, reason):
     (record,) = list_runs(tmp_path / "runs")
     assert record["status"] in ("failed", "kernel died") and reason in record["reason"]
     assert (record["path"] / "notebook.ipynb").exists()
+
+
+FINISH = "run.finish(metrics={'test/acc': 0.5})"
+SILENT = "get_ipython().set_custom_exc((ValueError,), lambda *a, **k: print('nothing to see'))"
+SHOWN = "try:\n    1 / 0\nexcept Exception:\n    get_ipython().showtraceback()"
+KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(
+    ("cells", "status", "reason", "code"),
+    [
+        (("%%nosuchcell\n1", "2"), "failed", "cell 2: UsageError: Cell magic `%%nosuchcell` not found", 1),
+        ((SILENT, "raise ValueError('x')", "2"), "failed", "cell 3: ValueError: x", 1),
+        ((SHOWN, "2"), "failed", "cell 2: ZeroDivisionError: division by zero (shown", 1),
+        (("import sys; sys.exit(0)", "2"), "interrupted", "left by sys.exit before 1 code cell could be executed", 0),
+        (("import sys; sys.exit(0)",), "finished", "left by sys.exit", 0),
+        (("raise KeyboardInterrupt", "2"), "interrupted", "cell 2: KeyboardInterrupt", 1),
+        ((KILL, "2"), "kernel died", "cell 2: the kernel was killed by SIGKILL", None),
+        (("%%script false\n1", "2"), "failed", "cell 2: CalledProcessError", 1),
+    ],
+)
+def test_a_run_that_was_finished_before_its_notebook_ended_says_how_that_ended(tmp_path, cells, status, reason, code):
+    done = papermill(tmp_path, OPEN, FINISH, *cells)
+    assert done.returncode == code or (code is None and done.returncode)
+    (record,) = list_runs(tmp_path / "runs")
+    receipt = nbformat.read(tmp_path / "out.ipynb", 4).metadata.project.receipt
+    assert record["status"] == receipt.status == status
+    assert reason in receipt.reason and (status == "finished" or reason in record["reason"])
+    assert verify(tmp_path / "out.ipynb").state == ("FRESH" if status == "finished" else "HOLLOW")
+
+
+def test_a_cell_that_is_to_be_skipped_stays_pending_and_is_told(tmp_path):
+    nb = new_notebook(cells=[new_code_cell(c) for c in (OPEN, "1 / 0", FINISH)], metadata=PYTHON)
+    nb.cells[1].metadata["tags"] = ["skip-execution"]
+    nbformat.write(nb, tmp_path / "in.ipynb")
+    done = subprocess.run([BIN / "papermill", "in.ipynb", "out.ipynb"], cwd=tmp_path, capture_output=True, timeout=120)
+    out, found = nbformat.read(tmp_path / "out.ipynb", 4), verify(tmp_path / "out.ipynb")
+    assert (done.returncode, found.state) == (0, "FRESH") and "1 code cell tagged skip-execution" in found.notes[-1]
+    assert [c.metadata.papermill.status for c in out.cells] == ["completed", "pending", "completed"]
+
+
+def test_project_run_says_the_reason_that_papermill_keeps_to_itself(tmp_path):
+    nb = new_notebook(cells=[new_code_cell(c) for c in (OPEN, FINISH, "%%nosuchcell\n1")], metadata=PYTHON)
+    nbformat.write(nb, tmp_path / "in.ipynb")
+    done = subprocess.run(
+        [BIN / "project", "run", "in.ipynb", "out.ipynb"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and "cell 2: UsageError: Cell magic `%%nosuchcell` not found" in done.stderr
 
 
 def test_other_notebooks_are_papermills_own_business(tmp_path):
@@ -219,3 +271,216 @@ def test_notebooks_in_a_bucket(tmp_path, bucket):
     receipt = nbformat.reads(bucket.read("out.ipynb").decode(), 4).metadata.project.receipt
     assert receipt["status"] == "finished" and receipt["notebook"] == f"{bucket.name}/in.ipynb"
     assert list_runs(tmp_path / "runs")[0]["receipt"] == receipt
+
+
+def notebook(path: Path, *cells: str, parameters: int | None = None) -> Path:
+    """Write a notebook of these cells; which of them holds the parameters."""
+    nb = new_notebook(cells=[new_code_cell(c) for c in cells], metadata=PYTHON)
+    if parameters is not None:
+        nb.cells[parameters].metadata["tags"] = ["parameters"]
+    nbformat.write(nb, path)
+    return path
+
+
+def test_notebooks_in_threads_have_their_own_receipts(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROJECT_RUNS", str(tmp_path / "runs"))
+    opens = "from project.runs.record import start_run\nrun = start_run('t', {'n': n}, notebook='nbs/x.ipynb')"
+    sees = "import os\nprint(os.environ['SEEN'], n)\nassert n != 2"
+    notebook(tmp_path / "in.ipynb", "n: int = 0", opens, sees, "run.finish()", parameters=0)
+    # in a process of its own: nbclient leaves an event loop open in every thread
+    script = """
+import os, papermill
+from concurrent.futures import ThreadPoolExecutor
+
+def execute(n):
+    try:
+        papermill.execute_notebook("in.ipynb", f"{n}.ipynb", {"n": n}, progress_bar=False, env={"SEEN": f"by {n}"})
+    except papermill.PapermillExecutionError as e:
+        print(e.ename)
+before = dict(os.environ)
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(execute, range(4)))
+print(dict(os.environ) == before)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "AssertionError\nTrue\n", done.stdout + done.stderr
+    for n in range(4):
+        nb = nbformat.read(tmp_path / f"{n}.ipynb", 4)
+        receipt = nb.metadata.project.receipt
+        status = "failed" if n == 2 else "finished"
+        assert [(r["parameters"], r["status"]) for r in receipt["runs"]] == [({"n": n}, status)]
+        assert any(o.get("text") == f"by {n} {n}\n" for c in nb.cells for o in c.get("outputs", []))
+        assert verify(tmp_path / f"{n}.ipynb").state == ("HOLLOW" if n == 2 else "FRESH")
+    assert len(list_runs(tmp_path / "runs")) == 4
+
+
+def start(folder: Path, out: str, *options: str, **more) -> subprocess.Popen:
+    """A papermill of `in.ipynb` there."""
+    command = [sys.executable, "-m", "papermill", "in.ipynb", out, "--no-progress-bar", *options]
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, **more)
+
+
+def test_two_papermills_that_write_one_file(tmp_path):
+    cells = ["import project.core, time", *[f"print({i})\ntime.sleep(0.3)" for i in range(6)]]
+    notebook(tmp_path / "in.ipynb", *cells)
+    both = [start(tmp_path, "out.ipynb") for _ in range(2)]
+    said = [p.communicate(timeout=120)[1].decode() for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert verify(tmp_path / "out.ipynb").state == "FRESH"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.ipynb", "out.ipynb"]
+
+
+def test_an_output_that_is_a_link(tmp_path):
+    notebook(tmp_path / "in.ipynb", "import project.core")
+    (tmp_path / "there").mkdir()
+    target = tmp_path / "there" / "target.ipynb"
+    target.touch()
+    target.chmod(0o640)
+    (tmp_path / "out.ipynb").symlink_to("there/target.ipynb")
+    (tmp_path / "work").mkdir()
+    process = start(tmp_path, "out.ipynb", "--cwd", "work")
+    said = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 0, said  # a relative path is where papermill was called
+    assert (tmp_path / "out.ipynb").is_symlink() and verify(target).state == "FRESH"
+    assert target.stat().st_mode & 0o777 == 0o640 and not list((tmp_path / "work").iterdir())
+
+
+def test_an_output_that_is_mounted_by_itself(tmp_path):
+    notebook(tmp_path / "in.ipynb", "import project.core", "1 / 0")
+    for name in ("source.ipynb", "out.ipynb"):
+        (tmp_path / name).touch()
+    mount = ["mount", "--bind", tmp_path / "source.ipynb", tmp_path / "out.ipynb"]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here (it needs root)")
+    try:
+        said = start(tmp_path, "out.ipynb").communicate(timeout=60)[1].decode()
+        assert "ZeroDivisionError" in said and "busy" not in said
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "out.ipynb"], check=True)
+    assert verify(tmp_path / "source.ipynb").state == "HOLLOW"
+
+
+@pytest.mark.parametrize(("cell", "status"), [("2", "finished"), ("1 / 0", "failed")])
+def test_an_output_that_is_a_pipe_gets_one_whole_notebook(tmp_path, cell, status):
+    notebook(tmp_path / "in.ipynb", "import project.core", "1", cell)
+    os.mkfifo(tmp_path / "pipe")
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()), daemon=True)
+    reader.start()
+    process = start(tmp_path, "pipe")
+    said = process.communicate(timeout=60)[1].decode()
+    reader.join(10)
+    assert process.returncode == (status == "failed"), said
+    assert json.loads(got[0])["metadata"]["project"]["receipt"]["status"] == status
+    # what this process has open; not /dev/stdout itself, which a test that fails could replace
+    shown = start(tmp_path, "/proc/self/fd/1", stdout=subprocess.PIPE).communicate(timeout=60)[0]
+    assert json.loads(shown)["metadata"]["project"]["receipt"]["status"] == status
+
+
+OURS = [
+    "import os, project.core",
+    "import os, project.core as c",
+    "from project import core",
+    "import project",
+    "from project.runs.record import (\n    start_run,\n)",
+    "def f():\n    try:\n        import project.runs.record\n    except ImportError:\n        pass",
+    "x = 1; import project.core",
+    "if True: from project.core import root",
+    "import importlib\nm = importlib.import_module('project.runs.record')",
+    "__import__('project.core')",
+    "%matplotlib inline\n!ls\nimport project.core",
+    "%%time\nimport project.core",
+    "%%capture out\n%load_ext autoreload\nfrom project import core",
+    "%time import project.core",
+    "files = !ls\nimport project.core\nfiles?",
+    "import project.core\nprint 'no Python of today'",
+]
+OTHERS = [
+    "import projector",
+    "# import project.core",
+    's = """\nimport project.core\n"""',
+    "'import project.core'",
+    "%%bash\nimport project.core",
+    "%%writefile a.py\nimport project.core",
+    "!python -c 'import project.core'",
+    "from project.things_that_we_do_not_have import x",
+    "import project.helpers",
+    "from project import helpers",
+    "from .project import core",
+    "import mine.project.core",
+    "project = 1\nproject.core",
+]
+
+
+@pytest.mark.parametrize(("cell", "ours"), [*[(c, True) for c in OURS], *[(c, False) for c in OTHERS]])
+def test_whose_notebook_it_is(cell, ours):
+    assert uses_project(new_notebook(cells=[new_code_cell(cell)])) is ours
+
+
+def test_a_receipt_names_what_is_imported_in_any_way():
+    cell = "import os, project.core as c\nfrom project import behaviour\n"
+    assert {"project.core", "project.behaviour"} <= set(used_modules(new_notebook(cells=[new_code_cell(cell)])))
+
+
+@pytest.mark.parametrize("place", ["module", "package", "path"])
+def test_somebody_elses_project_is_not_held_to_our_contract(tmp_path, place):
+    cell = {"module": "from project import y", "package": "from project.core import y"}.get(place)
+    cell = cell or "import sys\nsys.path.insert(0, 'path')\nfrom project.helpers import y"
+    notebook(tmp_path / "in.ipynb", "n: int = 1", f"{cell}\nprint(n, m, y)", parameters=0)
+    file = {"module": "project.py", "package": "project/core.py"}.get(place, "path/project/helpers.py")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    if place != "module":
+        (tmp_path / file).with_name("__init__.py").touch()
+    (tmp_path / file).write_text("y = 3")
+    # the command: with `python -m` this folder would be on papermill's own path too
+    command = [Path(sys.executable).with_name("papermill"), "in.ipynb", "out.ipynb", "-p", "m", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    nb = nbformat.read(tmp_path / "out.ipynb", 4)
+    assert nb.cells[-1].outputs[0].text == "1 2 3\n" and "project" not in nb.metadata
+
+
+def test_what_python_gives_arrives_as_it_is(tmp_path):
+    import numpy as np
+    import papermill as pm
+
+    cells = [
+        "when = ''\nx: float = 1.0\nsizes: list = []\nplace: str = ''",
+        "import project.core",
+        "print(repr((when, x, sizes, place)))",
+    ]
+    nb = new_notebook(cells=[new_code_cell(c) for c in cells], metadata=PYTHON)
+    nb.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nb, tmp_path / "in.ipynb")
+    values = {"when": (1, (2, "a")), "x": np.float32(0.5), "sizes": (np.int64(3),), "place": Path("a") / "b"}
+    done = pm.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", values, progress_bar=False)
+    place = str(Path("a") / "b")
+    assert done.cells[-1].outputs[0].text == repr(([1, [2, "a"]], 0.5, [3], place)) + "\n"
+    kept = nbformat.read(tmp_path / "out.ipynb", 4).metadata.papermill.parameters
+    assert kept == {"when": [1, [2, "a"]], "x": 0.5, "sizes": [3], "place": place}
+
+
+def test_a_value_spelled_otherwise_is_gone_on_with(tmp_path):
+    """A run that was cut off with `-p epochs 2` is the run of `-y 'epochs: 2.0'`."""
+    cells = [
+        "from project.runs.contract import Place\nfrom project.runs.record import parameters, start_run",
+        "epochs: float | None = None\nfast: bool = True\nplace: Place = ''",
+        "run = start_run('t', parameters(globals()), notebook='nbs/none.ipynb', resume=True)",
+        "import os\nif not os.environ.get('GO_ON'):\n    raise RuntimeError('cut off')\nrun.finish()",
+    ]
+    nb = new_notebook(cells=[new_code_cell(c) for c in cells], metadata=PYTHON)
+    nb.cells[1].metadata["tags"] = ["parameters"]
+    nbformat.write(nb, tmp_path / "in.ipynb")
+
+    def execute(*options, **env):
+        command = [sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb", "--no-progress-bar", *options]
+        env = os.environ | {"PROJECT_RUNS": str(tmp_path / "runs"), **env}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+
+    assert execute("-p", "epochs", "2", "-p", "fast", "false", "-p", "place", "./data/").returncode == 1
+    done = execute("-y", "{epochs: 2.0, fast: False, place: data}", GO_ON="1")
+    assert done.returncode == 0, done.stderr
+    (record,) = list_runs(tmp_path / "runs")
+    assert record["status"] == "finished" and len(record["sittings"]) == 2
+    assert repr(record["parameters"]) == "{'epochs': 2.0, 'fast': False, 'place': 'data'}"

@@ -203,7 +203,7 @@ def test_the_same_again_and_nothing_new_keep(champion):
 
 def test_few_rows_are_a_doubt(champion, challenger):
     few = ask(challenger, champion, n=40)
-    assert few.verdict == "keep" and "40 rows say too little" in few.reasons[0]
+    assert few.verdict == "keep" and few.reasons[0] == "rows: 40 say too little; at least 100 are needed"
 
 
 def test_as_good_and_smaller_is_promoted_as_good_and_larger_is_not(challenger):
@@ -236,7 +236,7 @@ def test_worse_calibrated_is_refused(champion):
     loud = make("loud", sure=5.0)
     decision = ask(loud, champion)
     assert decision.verdict == "refuse" and says(decision, "accuracy")[0] == "promote"
-    assert says(decision, "calibration")[1].startswith("worse calibrated")
+    assert says(decision, "calibration")[1].startswith("worse: error")
     assert ask(loud, champion, rules=Rules(slower=1000, calibration=0.5)).verdict == "promote"
 
 
@@ -254,8 +254,8 @@ def test_other_origins_are_beside_and_count(champion, challenger):
     sets = {"ood-odd": (odd, labels), "ood-none": (IMAGES[:50] // 2 + 64, np.full(50, -1))}
     decision = ask(challenger, champion, sets=sets)
     assert decision.verdict == "refuse" and "origin ood-odd" in says(decision, "slices")[1]
-    assert "acc 0.500 (champion 1.000)" in says(decision, "ood-odd")[1]
-    assert "acc " not in says(decision, "ood-none")[1] and "auroc" in says(decision, "ood-none")[1]
+    assert "accuracy 50.00% (44.38% to 55.62%, n = 300), the champion's is 100.00%" in says(decision, "ood-odd")[1]
+    assert "accuracy" not in says(decision, "ood-none")[1] and "AUROC" in says(decision, "ood-none")[1]
     rows = decision.evidence["origins"]
     assert [r["set"] for r in rows["champion"]] == ["ood-odd", "ood-none"] == [r["set"] for r in rows["challenger"]]
 
@@ -413,9 +413,79 @@ def test_what_is_only_worth_a_word(champion, challenger):
     nb["metadata"]["project"]["receipt"] = make_receipt(nb, "finished", runs=[run], **facts)
     write_json(run / "bundle" / "notebook.ipynb", nb)
     decision = ask(write_manifest(challenger.path, **challenger.manifest), champion)
-    assert decision.verdict == "promote"
-    for words in ("as a smoke test is", "not committed", "a commit was made"):
-        assert words in says(decision, "executed notebook")[1]
+    assert decision.verdict == "refuse" and says(decision, "whole training")[0] == "refuse"
+    allowed = ask(challenger, champion, rules=Rules(slower=1000, gain=1000, partial=True))
+    assert allowed.verdict == "promote"
+    for words in ("not committed", "a commit was made"):
+        assert words in says(allowed, "executed notebook")[1] and words in str(allowed)
+
+
+LEFT_OUT = {
+    "smoke": "5 batches an epoch, as in a smoke test",
+    "short": "0.5 epochs, where the recipe has 4",
+    "stopped": "2 epochs, where 4 were asked for",
+}
+
+
+@pytest.mark.parametrize("serves", [True, False])
+@pytest.mark.parametrize("left_out", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_a_model_that_was_trained_in_part_is_refused_unless_told(champion, left_out, serves, tmp_path, person):
+    part = make("part", partial=[left_out])
+    old = champion if serves else None
+    decision = ask(part, old)
+    assert decision.verdict == "refuse"
+    assert decision.reasons == [
+        f"whole training: trained in part: {left_out}. Train it whole, or say that it will do with -p partial True"
+    ]
+    allowed = ask(part, old, rules=Rules(slower=1000, gain=1000, partial=True))
+    assert allowed.verdict == "promote" and allowed.rules["partial"] is True
+    assert f"whole training: trained in part: {left_out}; which the rules allow" in allowed.reasons
+    registry = Registry(str(tmp_path / "registry"))
+    if serves:
+        registry.alias("brightness", "production", registry.add(champion).name)
+    promote(registry, allowed, True, part)
+    assert left_out in str(registry.history("brightness")), "and it is written down where the alias is moved"
+
+
+def test_a_compressed_model_is_as_whole_as_the_one_it_was_made_from():
+    part = make("parent", partial=["5 batches an epoch, as in a smoke test"])
+    small = {k: v for k, v in part.manifest.items() if k != "partial"}
+    small["compression"] = {"parent": part.manifest, "parent_hash": part.hash}
+    assert says(ask(write_manifest(part.path, **small), None), "whole training")[0] == "refuse"
+
+
+def test_a_part_of_the_rows_decides_nothing_unless_told(champion, challenger):
+    data = DATA | {"rows": 10_000}
+    decision = ask(challenger, champion, data=data)
+    assert decision.verdict == "keep" and decision.reasons[0].startswith("rows: 2,000 of 10,000 were asked")
+    allowed = ask(challenger, champion, data=data, rules=Rules(slower=1000, gain=1000, partial=True))
+    assert allowed.verdict == "promote" and "which the rules allow" in allowed.reasons[-1]
+    assert not any("were asked" in c["says"] for c in ask(challenger, champion, data=DATA | {"rows": 2000}).checks)
+
+
+def test_no_line_says_its_name_twice(champion, challenger):
+    sets = {"other": (IMAGES[:50], LABELS[:50])}
+    for decision in (
+        ask(challenger, champion, sets=sets),
+        ask(champion, challenger, sets=sets),
+        ask(challenger, None, sets=sets),
+    ):
+        for line in str(decision).splitlines()[1:]:
+            name, _, rest = line.strip().partition(": ")
+            assert rest and not rest.removeprefix("better: ").removeprefix("worse: ").startswith(name), line
+
+
+def test_the_terminal_says_the_accuracy_elsewhere(champion, challenger):
+    known, strange = (IMAGES[:500], LABELS[:500]), (IMAGES[:20], np.full(20, -1))
+    decision = ask(challenger, champion, sets={"ood-night": known, "ood-noise": strange})
+    row = decision.evidence["origins"]["challenger"][0]
+    (line,) = [x for x in str(decision).splitlines() if "ood-" in x]
+    assert line.strip().startswith(
+        f"ood-night: accuracy {row['acc']:.2%} ({row['low']:.2%} to {row['high']:.2%}, n = 500)"
+    )
+    assert row["low"] < row["acc"] < row["high"]
+    assert "ood-night" in str(ask(challenger, None, sets={"ood-night": known})), "also where no champion serves"
+    assert "origin" not in str(ask(challenger, champion))
 
 
 # --- texts
@@ -994,6 +1064,7 @@ def test_the_notebook_decides_moves_and_tells(tmp_path, monkeypatch, person):
     assert "t0p-secret" not in whole and whole.count("image/png") >= 2
     assert record["metrics"]["gate/difference"] == decision.evidence["paired"]["difference"] > 0
 
+    assert "better: " in shown and "accuracy: accuracy" not in shown
     record, decision, shown, _ = execute(tmp_path / "worse.ipynb", ("challenger", "poor"), ("yes", True), ("calls", 20))
     assert decision.verdict == "refuse" and "nothing was moved: accuracy: worse" in shown
     assert registry.get(data.task).hash == good.hash and record["status"] == "finished"

@@ -467,18 +467,18 @@ def test_schemathesis(served, tmp_path):
 # --- more than it can answer
 
 
-def test_five_times_its_capacity_for_a_minute(tmp_path):
+def test_five_times_its_capacity(tmp_path):
     """Some are answered, in bounded time; the rest is told when to come back; memory stays where it is."""
     image_bundle(tmp_path / "slow", work=3072)
     settings = {"bundles": [str(tmp_path / "slow")], "max_queue": 8, "max_batch": 2, "seconds": 5.0, "max_requests": 40}
     sent = [image_sample(png(250))]
     with Server(tmp_path, **settings) as server:
         alone = measure(server.url, "brightness", sent, clients=4, seconds=3)
-        crowd = measure(server.url, "brightness", sent, clients=60, seconds=60, pid=server.process.pid)
+        crowd = measure(server.url, "brightness", sent, clients=60, seconds=20, pid=server.process.pid)
         plain(server)
     assert not alone.refused and not alone.failed and not crowd.failed
     asked = (len(crowd.latencies) + crowd.refused) / crowd.seconds
     assert asked > 5 * alone.per_second and crowd.refused
-    assert len(crowd.latencies) > 100 and crowd.ms(99) < 3000  # bounded by the queue, not by the clients
+    assert len(crowd.latencies) > 30 and crowd.ms(99) < 3000  # bounded by the queue, not by the clients
     held = [bytes for _, bytes in crowd.memory]
-    assert max(held[-100:]) - max(held[:100]) < 20_000_000  # the last ten seconds, and the first
+    assert max(held[-50:]) - max(held[:50]) < 20_000_000  # the last five seconds, and the first

@@ -13,7 +13,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from project.runs.receipt import is_alive, process_mark, verify
+from project.locks import is_alive, process_mark
+from project.runs.receipt import verify
 from project.runs.record import list_runs
 
 OPEN = """import os, sys, time
@@ -143,7 +144,7 @@ def test_papermill_itself_is_killed(tmp_path):
     last = [n for n, at in e.lines() if float(at) < killed - 3][-1]  # a second, and two for a busy machine
     assert last in printed(nb)
     verdict = verify(e.out)
-    assert verdict.state == "HOLLOW" and "killed before it could write the end" in verdict.reasons[0]
+    assert verdict.state == "HOLLOW" and "its papermill is gone and has not written the end" in verdict.reasons[0]
     record = e.record()
     assert record["status"] == "killed" and "no sign of life since" in record["reason"]
     assert is_alive(record["process"]) is False
@@ -182,7 +183,7 @@ def test_the_disk_is_full(tmp_path, small_disk):
     record = e.record()
     assert record["status"] == "failed" and "no space left on the disk" in record["reason"]
     assert verify(e.out).state == "HOLLOW"  # the version before, whole
-    assert e.kernel_is_gone() and not list(small_disk.glob(".*.part"))
+    assert e.kernel_is_gone() and not list(small_disk.glob(".*.tmp"))
 
 
 def test_the_runs_folder_is_deleted_under_it(tmp_path):
@@ -223,3 +224,44 @@ def test_a_second_papermill_is_told_who_has_the_run(tmp_path):
     assert record["id"] == owner["id"] and record["status"] == "finished" and len(record["sittings"]) == 2
     assert start("d.ipynb", 1).wait(60) == 0  # a finished run is not gone on with
     assert len(list_runs(tmp_path / "runs")) == 2
+
+
+ALARM = """
+import signal, sys
+from project.runs.client import catch_signals
+heard = []
+signal.signal(signal.SIGALRM, lambda *_: heard.append("mine"))
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+try:
+    with catch_signals() as caught:
+        signal.raise_signal(signal.SIGTERM)
+except SystemExit:
+    left = signal.getitimer(signal.ITIMER_REAL)[0]
+    print(0 < left <= 0.2, end=" ")
+signal.pause() if not heard else None
+print(heard)
+"""
+
+
+def test_a_program_keeps_its_own_alarm():
+    done = subprocess.run([sys.executable, "-c", ALARM], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True ['mine']\n", done.stderr
+
+
+def test_a_run_on_a_folder_without_locks_is_gone_on_with(tmp_path, without_locks):
+    """Cut off, it can be taken up at once; while its process lives it cannot, whatever another asks."""
+    script = "import os, sys, time\nfrom project.runs.record import start_run\n"
+    script += "run = start_run('t', {}, root='runs', resume=True)\nprint(run.id, flush=True)\n"
+    command = [sys.executable, "-c", f"{script}input()\nrun.finish()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as first:
+        name = first.stdout.readline().strip()
+        second = subprocess.run(command, cwd=tmp_path, input="", capture_output=True, text=True, timeout=60)
+        assert f"is being executed by process {first.pid} on" in second.stderr, second.stderr
+        assert "no file locks" in second.stderr
+        first.kill()
+        first.wait()
+    third = subprocess.run(command, cwd=tmp_path, input="\n", capture_output=True, text=True, timeout=60)
+    assert third.stdout.split() == ["going", "on", "with", f"{name},", "which", "was", "killed", name], third.stderr
+    (record,) = list_runs(tmp_path / "runs")
+    assert record["status"] == "finished" and not list(record["path"].glob("*.claim"))

@@ -24,6 +24,7 @@ from project.metrics import (
     reliability,
     spread,
     summary,
+    wilson_interval,
 )
 
 
@@ -334,3 +335,14 @@ def test_a_table_with_gaps():
     shown = repr(Table([{"a": None, "b": "x\ny|z"}, {"a": 0.5, "b": None}], digits=1))
     assert shown.split("\n")[1:] == ["|--:|---|", "|  | x y\\|z |", "| 0.5 |  |"]
     assert repr(Table([])) == "(no rows)"
+
+
+@pytest.mark.parametrize(("accuracies", "n"), [((0.5, 0.75), 4), ((1.0, 1.0, 1.0), 199), ((0.93, 0.94, 0.95), 10_000)])
+def test_the_interval_of_several_models_on_the_same_rows(accuracies, n):
+    """The mean of what was right: between the intervals of the models, and as wide as one of them."""
+    middle = sum(accuracies) / len(accuracies) * n
+    low, high = wilson_interval(middle, n)
+    ends = [wilson_interval(round(a * n), n) for a in accuracies]
+    rounding = 1e-12
+    assert min(e[0] for e in ends) <= low + rounding and high <= max(e[1] for e in ends) + rounding
+    assert low <= middle / n <= high + rounding

@@ -214,4 +214,5 @@ def test_the_command_mirrors_and_says_what_lags(registry, server, tmp_path, monk
     monkeypatch.delenv("WANDB_API_KEY")
     assert run(app, ["models", "rollback", "brightness"]).exit_code == 0
     lags = run(app, command)
-    assert lags.exit_code == 1 and f"production is {one} (WANDB_API_KEY is not set)" in lags.stdout
+    why = "WANDB_API_KEY is not set, and `wandb login` was not done"
+    assert lags.exit_code == 1 and f"production is {one} ({why})" in lags.stdout

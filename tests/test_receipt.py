@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from project.runs.receipt import KEY, STATES, hash_code, used_modules, verify
+from project.runs.receipt import KEY, STATES, hash_code, package_hashes, used_modules, verify
 
 CELLS = [
     "lr: float = 0.1  # rate",
@@ -20,6 +20,7 @@ CELLS = [
     "print('accuracy', 0.91)",
     "run.finish(metrics={'test/acc': 0.91})",
 ]
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 BIN = Path(sys.executable).parent
 
 
@@ -32,9 +33,8 @@ def made(tmp_path_factory):
     (root / "data/t/manifest.json").write_text('{"hash": "abc"}')
     code = [new_code_cell(c) for c in CELLS]
     code[0].metadata["tags"] = ["parameters"]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     nbformat.write(
-        new_notebook(cells=[new_markdown_cell("# One\n\ntext"), *code], metadata=kernel), root / "nbs/one.ipynb"
+        new_notebook(cells=[new_markdown_cell("# One\n\ntext"), *code], metadata=KERNEL), root / "nbs/one.ipynb"
     )
     folders = {"PROJECT_ROOT": root, "PROJECT_RUNS": root / "runs", "PROJECT_DATA": root / "data"}
     env = {**os.environ, **{k: str(v) for k, v in folders.items()}}
@@ -167,6 +167,105 @@ def test_a_module_that_was_changed(here, monkeypatch):
     (copy / "train" / "fit.py").write_text("x = 1\n")  # which this notebook does not use
     module.unlink()
     assert verify(here / "out.ipynb").reasons == ["module project.runs.record is gone"]
+
+
+@pytest.fixture
+def worktree(tmp_path, root, monkeypatch):
+    """A second checkout beside the one that is installed, with a commit of its own and a notebook that opens a run."""
+    top = tmp_path / "worktree"
+    shutil.copytree(root / "project", top / "project", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "settings.ini", top)
+    (top / "nbs").mkdir()
+    cells = [
+        "from project.runs.record import start_run\nrun = start_run('t', notebook='nbs/one.ipynb')",
+        "run.finish()",
+    ]
+    nb = new_notebook(cells=[new_code_cell(c) for c in cells], metadata=KERNEL)
+    nbformat.write(nb, top / "nbs/one.ipynb")
+    for name in ("ROOT", "RUNS", "DATA", "COMMIT"):
+        monkeypatch.delenv(f"PROJECT_{name}", raising=False)
+    git = ["git", "-C", str(top), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    return top
+
+
+def execute(folder: Path, *command: str | Path) -> subprocess.CompletedProcess:
+    """A command of this environment in a folder."""
+    return subprocess.run([BIN / command[0], *command[1:]], cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def change(top: Path) -> None:
+    """Give a checkout a module that differs."""
+    module = top / "project" / "runs" / "record.py"
+    module.write_text(module.read_text() + f"\nx = {module.stat().st_size}\n")
+
+
+def test_a_receipt_names_the_modules_that_the_kernel_imported(worktree):
+    change(worktree)  # a kernel that starts at the top of the worktree imports from there, papermill does not
+    done = execute(worktree, "papermill", "nbs/one.ipynb", "out.ipynb", "--no-progress-bar")
+    assert done.returncode == 0, done.stderr
+    receipt = nbformat.read(worktree / "out.ipynb", 4).metadata.project.receipt
+    used = {"project.runs.record", "project.core"}
+    assert {n: receipt.modules[n] for n in used} == {
+        n: h for n, h in package_hashes(used, worktree / "project").items() if n in used
+    }
+    assert receipt.modules["project.runs.record"] != package_hashes(["project.runs.record"])["project.runs.record"]
+    assert execute(worktree, "project", "verify", "out.ipynb").returncode == STATES["FRESH"]
+    change(worktree)
+    done = execute(worktree, "project", "verify", "out.ipynb")
+    assert done.returncode == STATES["STALE"] and "module project.runs.record was changed" in done.stdout
+
+
+def test_a_kernel_with_the_code_of_another_checkout_is_refused(worktree):
+    same = execute(worktree / "nbs", "papermill", "one.ipynb", "../out.ipynb", "--no-progress-bar")
+    assert same.returncode == 0, same.stderr  # the code is the same, wherever it lies
+    shutil.rmtree(worktree / "runs")
+    change(worktree)
+    done = execute(worktree / "nbs", "papermill", "one.ipynb", "../out.ipynb", "--no-progress-bar")
+    assert done.returncode != 0 and "project.runs.record there differ from this checkout" in done.stderr
+    assert "Traceback" not in done.stderr and not (worktree / "runs").exists()
+    assert verify(worktree / "out.ipynb").state == "HOLLOW"
+    away = execute(worktree.parent, "papermill", worktree / "nbs/one.ipynb", "out.ipynb", "--no-progress-bar")
+    assert away.returncode != 0 and "lies in the checkout" in away.stderr
+    doctor = execute(worktree, "project", "doctor")
+    assert doctor.returncode == 1 and "differ from this checkout" in doctor.stdout
+
+
+def test_a_run_by_hand_with_the_code_of_another_checkout_is_refused(worktree):
+    change(worktree)
+    code = "from project.runs.record import start_run; start_run('t', notebook='nbs/one.ipynb')"
+    for folder, refused in ((worktree, False), (worktree / "nbs", True)):  # as in JupyterLab: there the notebook's own
+        done = execute(folder, "python", "-c", code)
+        assert bool(done.returncode) is refused, done.stderr
+    assert "there differ from this checkout" in done.stderr and len(list((worktree / "runs").iterdir())) == 1
+
+
+def test_a_notebook_that_changes_where_it_imports_from_is_held_against_that(worktree):
+    change(worktree)
+    nb = nbformat.read(worktree / "nbs/one.ipynb", 4)
+    nb.cells.insert(0, new_code_cell(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})"))
+    nb.cells[1:] = [new_code_cell("import project.runs.record")]
+    nbformat.write(nb, worktree / "nbs/one.ipynb")
+    done = execute(worktree, "papermill", "nbs/one.ipynb", "out.ipynb", "--no-progress-bar")
+    assert done.returncode != 0 and "project.runs.record there differ from this checkout" in done.stderr
+    assert verify(worktree / "out.ipynb").state == "HOLLOW"
+
+
+@pytest.mark.parametrize(("before", "state"), [(True, "STALE"), (False, "FRESH")])
+def test_a_module_that_is_edited_while_the_notebook_runs(worktree, before, state):
+    """Only what a run has told it had imported is known to be what it was."""
+    nb = nbformat.read(worktree / "nbs/one.ipynb", 4)
+    module = worktree / "project" / "runs" / "record.py"
+    edit = f"p = __import__('pathlib').Path({str(module)!r}); old = p.read_text(); p.write_text(old + '\\nx = 1\\n')"
+    nb.cells.insert(0 if before else 1, new_code_cell(edit))
+    nbformat.write(nb, worktree / "nbs/one.ipynb")
+    done = execute(worktree, "papermill", "nbs/one.ipynb", "out.ipynb", "--no-progress-bar")
+    assert done.returncode == 0, done.stderr
+    found = execute(worktree, "project", "verify", "out.ipynb")
+    assert found.returncode == STATES["STALE"]  # the file is not what ran, or nobody knows
+    module.write_text(module.read_text().removesuffix("\nx = 1\n"))
+    assert execute(worktree, "project", "verify", "out.ipynb").returncode == STATES[state]
 
 
 def test_signed(here, monkeypatch):

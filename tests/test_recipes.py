@@ -17,6 +17,7 @@ from project.train.fit import RECIPES, fit, get_recipe, predict
 from project.train.prepare import split_inputs
 from project.train.recipe import DEFAULT_RECIPE, TEXT_MODELS, check_train
 
+pytestmark = pytest.mark.trained
 EVERY = [(task, name) for task in RECIPES for name in RECIPES[task]]
 REAL, FAKE = ["minister", "says", "court", "budget", "vote", "on"], ["shocking", "watch", "video", "he", "just", "said"]
 
@@ -105,7 +106,7 @@ LEAST = {"fashion_mnist": 0.5, "face_emotion": 0.5, "dog_breeds": 0.8, "fake_new
 
 
 @pytest.fixture(scope="module")
-def trained(made, tmp_path_factory):
+def trained(made, tmp_path_factory, seed):
     """Each task's default network, trained for a moment: its bundle, its data, and torch's answers to the test rows."""
     known = {}
 
@@ -115,7 +116,7 @@ def trained(made, tmp_path_factory):
             recipe = get_recipe(task, epochs=EPOCHS.get(task, 10), batch_size=10, small_share=0.0)
             needs(recipe.model)
             data = build(task, place / "data", source=made)
-            result = fit(recipe, data, place / "run", limit_batches=60, accelerator="cpu", precision="fp32")
+            result = fit(recipe, data, place / "run", seed=seed, limit_batches=60, accelerator="cpu", precision="fp32")
             inputs, labels = split_inputs(recipe, data, "test", result.tokenizer)
             p = predict(result.net, inputs, tta=recipe.tta, max_length=recipe.max_length)
             if data.kind == "text":
@@ -175,3 +176,12 @@ def test_a_frozen_body_stays_as_it_was_and_then_learns(made, tmp_path):
     body = [k for k in first if not k.startswith("head.")]
     assert all(torch.equal(weights["frozen"][k], first[k]) for k in body)
     assert any(not torch.equal(weights["free"][k], first[k]) for k in body)
+
+
+@pytest.mark.parametrize("name", ["94", 94])
+def test_an_old_name_is_answered_with_the_new_one(name):
+    with pytest.raises(ValueError, match="94 is called 'better' now"):
+        get_recipe("fashion_mnist", name)
+    assert get_recipe("fashion_mnist", "better").epochs == 10
+    with pytest.raises(ValueError, match="expected one of fast"):  # a task that never had it
+        get_recipe("face_emotion", name)

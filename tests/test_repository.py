@@ -48,7 +48,11 @@ def default_exp(path):
 
 def modules():
     """Every generated module, by import name."""
-    files = [p.relative_to(ROOT).with_suffix("") for p in (ROOT / "project").rglob("*.py") if p.stem[0] != "_"]
+    files = [
+        p.relative_to(ROOT).with_suffix("")
+        for p in (ROOT / "project").rglob("*.py")
+        if p.stem[0] != "_" or p.stem == "__main__"
+    ]
     return sorted(".".join(path.parts) for path in files)
 
 

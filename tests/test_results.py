@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from project.cli import app
 from project.core import runs_dir
+from project.metrics import wilson_interval
 from project.runs.record import find_run, list_runs, start_run
 from project.runs.results import (
     collect_results,
@@ -47,6 +48,46 @@ def test_seeds_are_put_together():
     assert len(text["runs"].split()) == 3 and "*" not in text["runs"]
 
 
+def test_the_interval_is_that_of_the_rows_and_not_of_the_seeds():
+    """Three seeds with the same result on 199 rows spread by nothing, and leave a point in either direction."""
+    for seed in range(3):
+        train(seed=seed, acc=198 / 199, metrics={"test/n": 199})
+    train("fake_news", seed=0, acc=198 / 199, metrics={"test/n": 199})
+    few, one = rows()[0], rows()[1]
+    low, high = wilson_interval(198, 199)
+    for row in (few, one):  # more seeds on the same rows make it no narrower
+        assert (row["test_low"], row["test_high"]) == pytest.approx((low, high)) and row["test_n"] == 199
+    (text, _) = result_texts(rows())
+    assert text["test accuracy, %"] == "99.50 ± 0.00 (3)" and text["95 % interval"] == "97.2 to 99.9"
+
+
+@pytest.mark.parametrize(
+    ("data", "metrics", "n", "of"),
+    [
+        ({"test_part": "published test set"}, {"test/n": 10_000}, 10_000, "10,000, published test set"),
+        ({"splits": {"test": 250}}, {"test/n": None}, 250, "250"),  # of an older run: as recorded with its data
+        ({}, {"test/n": None}, None, "unknown"),
+    ],
+)
+def test_what_accuracy_is_of(data, metrics, n, of):
+    run = train(metrics=metrics)
+    file = runs_dir() / run / "run.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"data": record["data"] | data}))
+    (row,) = rows()
+    (text,) = result_texts([row])
+    assert row["test_n"] == n and text["of"] == of and bool(text["95 % interval"]) == (n is not None)
+
+
+def test_a_row_of_an_older_file_has_its_interval_from_its_rows():
+    train(acc=0.94)
+    (row,) = rows()
+    old = {k: v for k, v in row.items() if k not in ("test_low", "test_high", "test_part")}
+    assert result_texts([old])[0]["95 % interval"] == "87.5 to 97.2" and result_texts([old])[0]["of"] == "100"
+    del old["test_n"]
+    assert result_texts([old])[0]["95 % interval"] == "" and result_texts([old])[0]["of"] == "unknown"
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -82,7 +123,7 @@ def test_a_recipe_with_a_value_replaced_is_another():
     train(recipe="best", early_stopping=2)
     train(accelerator="auto", precision="auto", devices=1, profile="simple", wandb="offline", resume=False, source="x")
     names = sorted(row["recipe"] for row in rows())
-    assert names == ["best early_stopping=2", "fast", "fast label_smoothing=0", "fast lr=0.0", "fast lr=0.1"]
+    assert names == ["best early_stopping=2", "fast", "fast label_smoothing=0", "fast lr=0", "fast lr=0.1"]
 
 
 def test_another_device_is_another_row():

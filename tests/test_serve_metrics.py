@@ -127,8 +127,12 @@ def test_several_workers(metrics):
             end(process)
 
 
-def test_a_worker_that_is_killed(metrics):
+@pytest.mark.parametrize("locking", ["locks", "claims"])
+def test_a_worker_that_is_killed(metrics, request, monkeypatch, locking):
     """Its counts stay, its gauges go, its file goes; asked again and again, nothing counts twice."""
+    if locking == "claims":  # the folder has no locks
+        request.getfixturevalue("without_locks")
+        monkeypatch.setattr("project.locks._lock_file", lambda file: None)
     process = worker(metrics.folder, "v1", 100, 60)
     assert samples(metrics)[REQUESTS] == 100
     os.kill(process.pid, signal.SIGKILL)
@@ -144,7 +148,7 @@ def test_a_worker_that_is_killed(metrics):
     for i in range(3):  # they come and go
         end(worker(metrics.folder, "v1", 10, 60))
         assert samples(metrics)[REQUESTS] == 110 + 10 * i
-    assert sorted(p.suffix for p in metrics.folder.iterdir()) == ["", ".json", ".worker"]
+    assert sorted(p.suffix for p in metrics.folder.iterdir()) == ["", ".held", ".json", ".worker"]
 
 
 def test_a_burial_that_is_broken_off(metrics, monkeypatch):
@@ -266,7 +270,7 @@ def test_the_disk_is_full(small_disk):
         said = []
         patch.setattr(module._log, "warning", lambda text, *args: said.append(text % args))
         alone = Metrics(small_disk / "m")
-    assert alone.folder is None and "is counted alone" in said[0] and len(list((small_disk / "m").iterdir())) == 1
+    assert alone.folder is None and "is counted alone" in said[0] and len(list((small_disk / "m").iterdir())) == 2
     alone.observe_request("/predict/{task}", "POST", 200, 0.1)
     assert samples(alone)[REQUESTS] == 1
     end(process)

@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -24,14 +25,20 @@ from project.data.sources import (
     Published,
     PublishedFile,
     SourceError,
+    _cache,
     _from_kaggle,
     _NotHere,
+    _run,
+    archive_kind,
     find,
-    locked,
+    folder_files,
+    hash_folder,
     published,
     read_content,
     read_idx,
 )
+from project.data.tasks import get_task
+from project.locks import locked
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -176,7 +183,7 @@ def test_named_url(sample, tmp_path):
     with serving(sample.parent) as (address, _):
         for url in (address, f"{address}/", f"{address}/fashion_mnist"):
             assert find("fashion_mnist", source=url).sha256 == hashes
-        with pytest.raises(SourceError, match=r"nowhere has neither|found nowhere"):
+        with pytest.raises(SourceError, match=r"nowhere gave neither fer|nowhere gave neither train"):
             find("fashion_mnist", source=f"{address}/nowhere", places=())
     with pytest.raises(SourceError, match="PROJECT_SOURCE is 'http://127.0.0.1:.*unset it"):
         find("fashion_mnist", source=address)  # nobody answers any more
@@ -193,7 +200,7 @@ def test_named_url_of_another_kind_of_store(sample):
         store.pipe_file(f"/bucket/fashion_mnist/{name}.gz", (sample / f"{name}.gz").read_bytes())
     assert find("fashion_mnist", source="memory://bucket").sha256 == find("fashion_mnist", source=sample).sha256
     store.rm("/bucket", recursive=True)
-    with pytest.raises(SourceError, match="bucket has neither"):
+    with pytest.raises(SourceError, match="bucket gave neither"):
         find("fashion_mnist", source="memory://bucket", places=())
     with pytest.raises(SourceError, match="PROJECT_SOURCE is 'nosuch://bucket'"):
         find("fashion_mnist", source="nosuch://bucket")
@@ -268,10 +275,13 @@ def test_a_damaged_cache_is_fetched_again(small, sample):
         assert read_idx(second.files[NAMES[2]], "images").shape == (100, 28, 28)
 
 
-def test_a_lock_lets_one_in_and_ends_with_its_process(tmp_path):
+@pytest.mark.parametrize("locking", ["locks", "claims"])
+def test_a_lock_lets_one_in_and_ends_with_its_process(tmp_path, request, monkeypatch, locking):
+    if locking == "claims":
+        request.getfixturevalue("without_locks")
+        monkeypatch.setattr("project.locks._lock_file", lambda file: None)
     script = (
-        "import sys; from project.data.sources import locked\n"
-        "with locked(sys.argv[1]): print('held', flush=True), input()"
+        "import sys; from project.locks import locked\nwith locked(sys.argv[1]): print('held', flush=True), input()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", script, tmp_path / "lock"], **pipes) as process:
@@ -494,3 +504,152 @@ def test_named_url_of_tables_and_of_an_archive(tmp_path):
         (tmp_path / "fake_news" / "True.csv.gz").unlink()
         with pytest.raises(SourceError, match=r"expected Fake.csv, True.csv, found only Fake.csv. Add what is missing"):
             find("fake_news", source=address)
+
+
+# ---- names in any case, in any folder
+
+
+def put(folder, files):
+    """Write name -> content below a folder."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+FAKE, TRUE = ARTICLES.values()
+
+
+@pytest.mark.parametrize(
+    ("fake", "true"),
+    [
+        ("News _dataset/Fake.csv", "News _dataset/True.csv"),  # as Kaggle's zip unpacks
+        ("fake.csv", "TRUE.CSV"),
+        ("Fake_News/FAKE.csv.gz", "Fake_News/true.csv"),
+        ("fake_news/News _dataset/fake.CSV", "fake_news/News _dataset/true.csv"),
+    ],
+)
+def test_files_are_found_in_any_case_and_a_folder_deeper(tmp_path, fake, true):
+    put(tmp_path, {fake: gzip.compress(FAKE.encode()) if fake.endswith("gz") else FAKE, true: TRUE})
+    put(tmp_path, {"other/notes.txt": "x", ".hidden/Fake.csv": "x"})
+    found = find("fake_news", source=tmp_path, places=())
+    assert found.files == {"Fake.csv": tmp_path / fake, "True.csv": tmp_path / true}
+    if fake.endswith("csv"):
+        assert find("fake_news", source=tmp_path / fake).files == found.files  # one file named, the other beside it
+
+
+def test_two_of_one_name_are_an_error_and_the_exact_name_wins(tmp_path):
+    put(tmp_path, {"FAKE.csv": FAKE, "True.csv": TRUE, "fake.csv": FAKE})
+    with pytest.raises(SourceError, match=r"expected one Fake.csv, found FAKE.csv and fake.csv. Remove one"):
+        find("fake_news", source=tmp_path)
+    put(tmp_path, {"Fake.csv": FAKE})
+    assert find("fake_news", source=tmp_path).files["Fake.csv"].name == "Fake.csv"
+    put(tmp_path / "two", {f"{d}/{n}": FAKE for d in ("a", "b") for n in ("Fake.csv", "True.csv")})
+    with pytest.raises(
+        SourceError, match=r"expected one folder with Fake.csv, True.csv, found a/ and b/. Name the one"
+    ):
+        find("fake_news", source=tmp_path / "two")
+    (tmp_path / "two" / "b" / "True.csv").unlink()  # half a set beside a whole one is no reason to stop
+    assert find("fake_news", source=tmp_path / "two").files["True.csv"].parent.name == "a"
+    (tmp_path / "two" / "a" / "True.csv").unlink()
+    with pytest.raises(SourceError, match="found no True.csv. Add what is missing"):
+        find("fake_news", source=tmp_path / "two")
+
+
+# ---- messages that say what is so
+
+
+def test_a_folder_of_the_task_that_is_there_is_not_said_to_be_missing(tmp_path):
+    put(tmp_path, {"face_emotion/.DS_Store": b""})
+    with pytest.raises(SourceError, match="face_emotion is empty") as told:
+        find("face_emotion", source=tmp_path, places=())
+    assert "nor a folder" not in str(told.value)
+    put(tmp_path, {"face_emotion/notes.txt": "x"})
+    with pytest.raises(SourceError, match=r"face_emotion: expected fer2013.zip.*found only notes.txt. Add what is"):
+        find("face_emotion", source=tmp_path, places=())
+    with pytest.raises(SourceError, match="has neither dog-breeds-20.zip .* nor a folder dog_breeds"):
+        find("dog_breeds", source=tmp_path, places=())
+    put(tmp_path, {"face_emotion/faces.7z": b"7z\xbc\xaf\x27\x1c" + bytes(99)})
+    with pytest.raises(SourceError, match=r"faces.7z: .* found a 7z archive. Unpack it, and name the folder"):
+        find("face_emotion", source=tmp_path, places=())
+    put(tmp_path / "news", {"archive.zip": b"PK\3\4 cut"})  # it may hold them: nobody can say
+    with pytest.raises(
+        SourceError, match=r"has neither Fake.csv.*archive.zip: expected a whole zip archive, found a dam"
+    ):
+        find("fake_news", source=tmp_path / "news", places=())
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "advice"),
+    [
+        (b"<!DOCTYPE html><title>Log in</title>", "a web page or other text", "Open it to see"),
+        (b'{"code": 403, "message": "Permission denied"}', "a web page or other text", "Open it to see"),
+        (b"Rar!\x1a\x07\x01\0" + bytes(99), "a RAR archive", "Unpack it"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(99), "a 7z archive", "Unpack it"),
+        (b"\xff\xd8\xff\xe0" + bytes(99), "a JPEG image", "Name another file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid x", "a Git LFS pointer", "git lfs pull"),
+        (b"", "an empty file", "fetch this one again"),
+        (b"hello there", "bytes starting 68 65 6c 6c", "Name another file"),
+        (b"PK\3\4 and no more", "a damaged one", "Fetch it again"),
+    ],
+)
+def test_a_whole_file_of_another_kind_is_not_called_a_damaged_archive(tmp_path, content, kind, advice):
+    put(tmp_path, {"fer2013.zip": content})
+    with pytest.raises(SourceError) as told:
+        get_task("face_emotion").read(find("face_emotion", source=tmp_path))
+    assert f"found {kind}" in str(told.value) and advice in str(told.value)
+    assert ("damaged" in str(told.value)) == (kind == "a damaged one")
+
+
+def test_a_program_that_took_too_long_and_one_that_gave_nothing_are_told_apart(tmp_path):
+    sleep = [sys.executable, "-c", "import time; time.sleep(30)"]
+    with pytest.raises(_NotHere, match=r"took more than 0.5 s$"):
+        _run(sleep, tmp_path, "it", 0.5, stall=20)
+    with pytest.raises(_NotHere, match=r"took more than 0.5 s in which nothing arrived"):
+        _run(sleep, tmp_path, "it", 20, stall=0.5)
+
+
+def test_a_cache_with_some_of_the_files_is_not_said_to_be_empty(small, sample):
+    target = _cache(small) / f"{NAMES[0]}.gz"
+    target.parent.mkdir(parents=True)
+    shutil.copy(sample / target.name, target)
+    with pytest.raises(SourceError, match=f"only {NAMES[0]} is there of 4 files"):
+        find(small, source="", places=("cache",))
+
+
+# ---- archives of other kinds, and names of other letters
+
+
+def tarred(path, files, mode="w"):
+    """A tar of name -> content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("end", ["", ":gz", ":bz2", ":xz"])
+def test_tables_in_a_tar(tmp_path, end):
+    files = {"./News/Fake.csv": FAKE.encode(), "./News/True.csv": TRUE.encode(), "readme": b""}
+    path = tarred(tmp_path / "archive.tar.gz", files, f"w{end}")  # its content says how it is packed
+    assert archive_kind(path) == "tar"
+    found = find("fake_news", source=tmp_path)
+    assert found.sha256 == find("fake_news", source=put(tmp_path / "x", {"Fake.csv": FAKE, "True.csv": TRUE})).sha256
+    assert read_content(found.files["True.csv"], None, "True.csv").decode() == TRUE
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a file's name is any bytes on POSIX alone")
+def test_a_name_that_is_not_utf8_is_hashed_and_named(tmp_path):
+    put(tmp_path, {"pug/1.jpg": b"x"})
+    before = hash_folder(tmp_path)
+    path = tmp_path / "pug" / os.fsdecode(b"caf\xe9.jpg")
+    path.write_bytes(b"x")
+    assert len(folder_files(tmp_path)) == 2 and hash_folder(tmp_path) != before
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(SourceError, match=r"caf\\xe9.jpg: expected a file, found a broken link"):
+        folder_files(tmp_path)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from project.core import read_json, write_json
+from project.data import store
 from project.data.cleaning import near_texts
 from project.data.readers import Texts
 from project.data.sources import SourceError, find, read_content, read_idx
@@ -376,6 +377,8 @@ def test_faces_with_a_near_copy_in_the_test_part(tmp_path, out):
         "train/Happy/30.png": "all pixels alike",
         "train/Happy/31.png": "copy: the same as train/Happy/04.png",
     }
+    assert data.manifest["duplicates"]["near"]["left_out"] == 1 and data.manifest["cleaning"]["version"] == 2
+    assert data.manifest["test_part"] == "test part of the files"
     assert data.classes == ["angry", "happy"] and data.manifest["counts"]["test"] == {"angry": 6, "happy": 6}
     assert len(data.splits["train"]) + len(data.splits["val"]) == 40
     assert [data.ids[i] for i in data.splits["test"]][:2] == ["test/Angry/00.png", "test/Angry/01.png"]
@@ -449,7 +452,8 @@ def test_opening_names_what_is_missing_or_cut(sample, out, name):
     ("change", "expected"),
     [
         ({"format": 3}, "expected data of format 2 or older, found 3"),
-        ({"format": None}, "expected data of format 2 or older, found None"),
+        ({"format": None}, "expected data of format 2, found no number of a format"),
+        ({"format": "2"}, "found no number of a format"),
         ({"task": "other"}, "expected the task fashion_mnist, found other"),
         ({"rows": 599}, "expected images of \\(599, 28, 28\\)"),
         ({"classes": ["one"]}, "600 labels from 0 to 0"),
@@ -484,7 +488,7 @@ def test_opening_refuses_a_row_in_two_splits(sample, out):
     write_json(out / "manifest.json", manifest)
     with pytest.raises(DataError, match="splits with each row at most once"):
         open_data("fashion_mnist", out)
-    with pytest.raises(DataError, match="the file was changed"):
+    with pytest.raises(DataError, match="it is not what was built"):
         open_data_unchecked(out).verify()
 
 
@@ -517,7 +521,7 @@ def open_data_unchecked(out):
         (
             "train-labels-idx1-ubyte",
             struct.pack(">2I", 0x801, 240) + bytes([1] * 239 + [2]),
-            "class 2: expected enough rows",
+            "class Pullover: expected enough rows",
         ),
     ],
 )
@@ -650,3 +654,43 @@ def test_the_store_imports_little():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
     )
     assert done.stdout.strip() == "[]"
+
+
+# ---- too small to split
+
+
+@pytest.mark.parametrize(
+    ("each", "takes", "part"),
+    [
+        ({"happy": 4, "sad": 4}, 15, "the 10.0% drawn for testing hold each of 2 classes, found 8 "),
+        ({"happy": 4, "sad": 4, "fear": 4}, 26, "the 10.0% drawn for testing hold each of 3 classes, found 12 "),
+        ({"happy": 8, "sad": 7}, 18, "the 8.3% drawn for validation hold each of 2 classes, found 13 "),
+    ],
+)
+def test_a_set_too_small_to_split_says_what_it_would_take(tmp_path, out, each, takes, part):
+    rng = np.random.default_rng(1)
+    for name, n in each.items():
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 255, (48, 48), np.uint8)).save(tmp_path / "set" / name / f"{i}.png")
+    with pytest.raises(SourceError) as told:
+        build("face_emotion", out, source=tmp_path / "set")
+    assert f"face_emotion: expected at least {takes} training rows, so that {part}" in str(told.value)
+    assert "Add examples, or take classes away" in str(told.value) and not out.exists()
+
+
+def test_a_class_too_small_to_split_is_named(tmp_path, out):
+    rng = np.random.default_rng(1)
+    for name, n in (("happy", 60), ("sad", 60), ("fear", 2)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 255, (48, 48), np.uint8)).save(tmp_path / "set" / name / f"{i}.png")
+    with pytest.raises(SourceError, match="face_emotion: rows for validation: class fear: expected enough rows"):
+        build("face_emotion", out, source=tmp_path / "set")
+
+
+def test_a_folder_that_is_mounted_by_itself_is_named(tmp_path, small_disk):
+    (small_disk / "images.npy").write_bytes(b"old")
+    with pytest.raises(store.DataError, match="mounted by itself"), store._replacing(small_disk) as new:
+        (new / "images.npy").write_bytes(b"new")
+    assert (small_disk / "images.npy").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["small"]

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import io
+import tarfile
 import time
 import zipfile
 import zlib
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from project.data.readers import Texts
+from project.data.readers import Texts, decode_image
 from project.data.sources import SourceError, find, published
 from project.data.tasks import get_task, task_names
 
@@ -130,6 +131,122 @@ def test_face_folders_that_are_no_set(tmp_path):
         "face_emotion", write(tmp_path / "test", fer(parts=("test",)))
     )
     assert "found one class" in refused("face_emotion", write(tmp_path / "single", fer(names=("happy",))))
+
+
+EMOTIONS = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
+
+
+def pixels(files, head="emotion,pixels,Usage"):
+    """The table in which FER-2013 was first published, of the same images: the decoded pixels."""
+    rows = []
+    for i, (name, content) in enumerate(sorted(files.items())):
+        part, emotion, _ = name.split("/")
+        usage = "Training" if part == "train" else ("PublicTest", "PrivateTest")[i % 2]
+        numbers = " ".join(map(str, decode_image(content, 48, 1).ravel().tolist()))
+        row = {"emotion": str(EMOTIONS.index(emotion)), "pixels": numbers, "Usage": usage}
+        rows.append(",".join(row[name.strip()] for name in head.split(",")))
+    return "\n".join([head, *rows, ""])
+
+
+def tar(path, files, mode="w:gz"):
+    """Write name -> content into a tar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            content = content if isinstance(content, bytes) else content.encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_fer2013_as_first_published_is_the_same_images(tmp_path):
+    faces = read("face_emotion", write(tmp_path / "folders", fer()))
+    table, icml = pixels(fer()), pixels(fer(), "emotion, Usage, pixels")
+    sources = [
+        write(tmp_path / "csv", {"fer2013.csv": table}),
+        write(tmp_path / "named", {"face_emotion/fer2013/FER2013.CSV": table}),
+        write(tmp_path / "gz", {"fer2013.csv.gz": gzip.compress(table.encode())}),
+        write(tmp_path / "icml", {"icml_face_data.csv": icml}),
+        pack(tmp_path / "zip" / "fer2013.zip", {"fer2013.csv": table}).parent,
+        pack(tmp_path / "any" / "archive (2).zip", {"fer2013/fer2013.csv": table, "fer2013/README": "x"}).parent,
+        pack(tmp_path / "csv.zip" / "fer2013.csv.zip", {"fer2013.csv": table}).parent,
+        tar(
+            tmp_path / "icml.tar" / "fer2013.tar.gz", {"fer2013/fer2013.csv": table, "fer2013/fer2013.bib": "x"}
+        ).parent,
+        tar(tmp_path / "tar" / "fer2013.tar", {"fer2013.csv": table}, "w"),
+    ]
+    for source in sources:
+        found = read("face_emotion", source)
+        assert sorted(map(bytes, found.inputs)) == sorted(map(bytes, faces.inputs)), source
+        by_pixels = {bytes(x): (faces.labels[i], faces.part[i]) for i, x in enumerate(faces.inputs)}
+        assert all(by_pixels[bytes(x)] == (found.labels[i], found.part[i]) for i, x in enumerate(found.inputs))
+        assert found.classes == FACES and found.parts == ("train", "test") and not found.rejects
+        assert found.ids[0].lower() in ("fer2013.csv:14", "icml_face_data.csv:14")
+
+
+def test_rows_of_pixels_that_are_none_are_listed(tmp_path):
+    table = pixels(fer(names=FACES) | fer(names=("happy", "sad"), parts=("train", "test")))
+    good = table.splitlines()[1]
+    emotion, numbers, usage = good.split(",")
+    bad = {
+        f"{emotion},300 {numbers[2:]},{usage}": "expected 2,304 numbers from 0 to 255, found others",
+        f"{emotion},{numbers} 0,{usage}": "expected 2,304 numbers from 0 to 255, found 2305",
+        f"7,{numbers},{usage}": "expected an emotion from 0 to 6, found '7'",
+        f"{emotion},{numbers},Test": "expected Training, PublicTest or PrivateTest, found 'Test'",
+        f"{emotion},{numbers}": "expected 3 fields, found 2",
+        "0,1 2 3,Trai": "expected Training, PublicTest or PrivateTest, found 'Trai'",
+    }
+    rows = 3 * table.splitlines()[1:]
+    found = read("face_emotion", write(tmp_path, {"fer2013.csv": "\n".join([table.splitlines()[0], *rows, *bad])}))
+    assert len(found.labels) == len(rows)
+    assert {r["row"]: r["reason"] for r in found.rejects} == dict(enumerate(bad.values(), len(rows) + 2))
+
+
+def test_a_table_of_pixels_beside_faces_of_another_origin(tmp_path):
+    write(tmp_path, {"fer2013.csv": pixels(fer())})
+    pack(tmp_path / "fer2013_equalized_drift.zip", fer(names=FACES[:2], parts=("test",)))
+    faces = read("face_emotion", tmp_path)
+    assert faces.parts == ("train", "test", "ood-equalized") and np.bincount(faces.part).tolist() == [12, 12, 8]
+
+
+def test_a_set_that_holds_itself_is_counted_in_the_notes(tmp_path):
+    both = {f"images/{n}": c for n, c in fer().items()} | {f"images/images/{n}": c for n, c in fer().items()}
+    faces = read("face_emotion", write(tmp_path / "plain", fer()))
+    for source in (write(tmp_path / "folder", both), pack(tmp_path / "z" / "archive.zip", both)):
+        found = read("face_emotion", source)
+        assert found.notes == {"files of the same set again": 24}
+        assert same(dataclasses.replace(found, notes={}), faces)
+
+
+def test_stanford_dogs_as_published(tmp_path):
+    breeds = ("n02085620-Chihuahua", "n02085782-Japanese_spaniel")
+    photos = {f"{c}/{c[:9]}_{i}.jpg": picture(i, 60, grey=False) for c in breeds for i in range(3)}
+    notes = {f"{c}/{c[:9]}_{i}": b"<annotation>" for c in breeds for i in range(3)}
+    kaggle = {f"images/Images/{n}": c for n, c in photos.items()}
+    kaggle |= {f"annotations/Annotation/{n}": c for n, c in notes.items()}
+    official = tmp_path / "official"
+    tar(official / "images.tar", {f"Images/{n}": c for n, c in photos.items()}, "w")
+    tar(official / "annotation.tar", {f"Annotation/{n}": c for n, c in notes.items()}, "w")
+    for source in (official, write(tmp_path / "kaggle", kaggle), pack(tmp_path / "a.zip", kaggle)):
+        found = read("dog_breeds", source)
+        assert found.classes == breeds and len(found.labels) == 6 and not found.rejects
+        assert found.notes == ({} if source == official else {"other files": 6})
+
+
+def test_folders_of_one_class_in_two_spellings(tmp_path):
+    files = dogs(("train",)) | {f"Valid/{c.upper()}/1.jpg": picture(9, 224, grey=False) for c in DOGS}
+    del files["dogs.csv"]
+    found = read("dog_breeds", write(tmp_path, files))
+    assert found.classes == DOGS and found.parts == ("train", "test") and found.labels[-2:].tolist() == [0, 1]
+
+
+def test_other_folders_beside_a_set_are_not_taken_for_one(tmp_path):
+    """A folder of many things is not looked through for whatever images are in it."""
+    write(tmp_path / "dogs", dogs(("train", "valid")))
+    write(tmp_path / "news", {"Fake.csv": "x"})
+    with pytest.raises(SourceError, match="has neither fer2013.zip"):
+        find("face_emotion", source=tmp_path, places=())
 
 
 # ---- dogs
@@ -268,9 +385,9 @@ def test_empty_articles_are_listed_and_broken_tables_are_refused(tmp_path):
         (FAKE + "a,,,\n" * 9, "expected at least 90% of 69 rows to be usable, found 9"),
         (FAKE.replace("text", "body", 1), "'text' not"),
         (FAKE.replace("title", "text", 1), "'title' not"),
-        (FAKE[:-20], "Fake.csv: expected CSV, found a fault after row 30 (unexpected end of data)"),
-        (FAKE.encode() + b"\xff", "found the byte ff"),
-        (FAKE + "a,b\0,c,d\n", "found a NUL byte in line 32"),
+        (FAKE.encode() + b"\xff,a,b,c\n" * 9, "found the byte ff"),
+        (FAKE + "a,b\0,c,d\n" * 9, "Fake.csv row 32: expected UTF-8 text, found a NUL byte"),
+        (FAKE.replace("\r\n", "\n") + 'x,"open,a,b\n' + "e,f,g,h\n" * 9, "found none up to the end, line 41"),
         (FAKE.splitlines(keepends=True)[0], "found fake 0"),
         ("".join(FAKE.splitlines(keepends=True)[:2]), "found fake 1"),
     ):
@@ -312,7 +429,7 @@ def test_titles_count_in_two_senses(tmp_path):
         (welfake + "41,T,x,2\n", "expected a label 0 or 1, found '2' in row 43"),
         (welfake + "41,T,x,real\n", "found 'real' in row 43"),
         ("headline,label\nA,1\n", "'text' not"),
-        ("title,label\rA,1\r", "found a fault"),
+        ('title,label\nA,"1', "not: titles.csv row 2: expected a quote at the end of a text, found the end"),
     ):
         assert said in refused("fake_titles", write(tmp_path / "bad", {"WELFake_Dataset.csv": text}))
     packed = pack(tmp_path / "archive.zip", {"WELFake_Dataset.csv": welfake, "readme.txt": "hello"})
@@ -336,7 +453,9 @@ def test_two_archives_are_one_too_many_and_a_file_may_be_named(tmp_path):
     with pytest.raises(SourceError, match=r"expected one archive, found a.zip, b.zip. Name the one"):
         find("dog_breeds", source=tmp_path, places=())
     assert find("dog_breeds", source=tmp_path / "b.zip").files == {"images": tmp_path / "b.zip"}
-    with pytest.raises(SourceError, match="expected a folder or a zip with Fake.csv, True.csv, found no Fake.csv"):
+    with pytest.raises(
+        SourceError, match="expected a folder or an archive with Fake.csv, True.csv, found no Fake.csv, True.csv"
+    ):
         find("fake_news", source=tmp_path / "a.zip")
 
 

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+import signal
 import struct
 import subprocess
 import sys
@@ -10,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import wandb
+from click.testing import CliRunner
 from wandb_server import WandbServer
 
+from project.cli import app
 from project.data.store import build
 from project.runs.record import list_runs, start_run
 from project.train.fit import Recipe, fit
@@ -26,9 +30,12 @@ def run(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _no_wandb_settings(monkeypatch):
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_PROJECT"):
+def _no_wandb_settings(monkeypatch, tmp_path_factory):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_PROJECT", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
+    home = tmp_path_factory.mktemp("login")
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home))
 
 
 def records(folder: Path) -> list:
@@ -135,7 +142,7 @@ def test_online_everything_arrives(run, server, tmp_path):
     where = {"accelerator": "cpu", "precision": "fp32"}
     result = fit(recipe, build("fashion_mnist"), tmp_path / "fit", loggers=[logger], limit_batches=3, **where)
     leave_files(run)
-    finish_wandb(run, logger, {"test/acc": 0.91})
+    finish_wandb(run, logger, {"test/acc": 0.91, "val/acc": 0.5})  # of the epoch that is served
     (name,) = server.runs
     config, code = server.config(name), run.record["code"]
     assert name == told["id"] and server.runs[name]["project"] == "fashion_mnist"
@@ -146,7 +153,8 @@ def test_online_everything_arrives(run, server, tmp_path):
     rows = [row for row in server.rows[name] if "val/acc" in row]
     for row, mine in zip(rows, result.history, strict=True):
         assert row["val/acc"] == pytest.approx(mine["val/acc"]) and row["trainer/global_step"] == mine["step"] - 1
-    assert server.runs[name]["summary"]["test/acc"] == 0.91 and server.ends[name] == 0
+    summary = server.runs[name]["summary"]
+    assert (summary["test/acc"], summary["val/acc"], server.ends[name]) == (0.91, 0.5, 0)
     assert server.keys - {None} == {"Basic " + base64.b64encode(b"api:" + b"0123456789" * 4).decode()}
     artifacts = {a["artifactCollectionName"]: a for a in server.artifacts.values()}
     kinds = {name: (a["artifactTypeName"], a["state"]) for name, a in artifacts.items()}
@@ -201,3 +209,157 @@ def test_a_server_that_goes_away_is_not_waited_for(run, server, monkeypatch, cap
     assert time.monotonic() - started < 20
     assert "not all was sent in time" in capsys.readouterr().out and server.artifacts == {}
     assert list(run.path.glob("wandb/run-*/*.wandb")), "what `wandb sync` sends later"
+
+
+# --- a run that is gone on with
+
+SITTING = """
+import os, signal, sys
+from pytorch_lightning import Callback
+from project.data.store import build
+from project.runs.record import start_run
+from project.train.fit import Recipe, fit
+from project.train.tracking import finish_wandb, wandb_logger
+
+root, mode, hook, epoch = sys.argv[1:]
+run = start_run("fashion_mnist", {"lr": 0.1}, data={"hash": "abc"}, root=root, resume=True)
+logger = wandb_logger(run, mode)
+
+class Kill(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if hook == "batch" and trainer.current_epoch == int(epoch) and trainer.global_step % 4 == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_epoch_end(self, trainer, *_):  # it is validated, and not in a checkpoint yet
+        if hook == "epoch" and trainer.current_epoch == int(epoch):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+recipe = Recipe(model="cnn-xs", epochs=4, batch_size=50)
+result = fit(recipe, build("fashion_mnist"), run.path, limit_batches=4, accelerator="cpu", precision="fp32",
+             loggers=[logger], callbacks=[Kill()], on_metrics=run.log, resume_from=run.checkpoint)
+finish_wandb(run, logger, {"test/acc": 0.9})
+run.finish()
+"""
+
+
+def sit(root, mode, hook, epoch):
+    """One sitting of the same training, killed at a place or not: how it ended, and what it printed."""
+    call = [sys.executable, "-c", SITTING, str(root), mode, hook, str(epoch)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode, done.stdout
+
+
+def is_whole(server, record):
+    """One run on the server, which has every epoch once, in order, and its end."""
+    (name,) = server.runs
+    rows = server.rows[name]
+    steps = {key: [r["trainer/global_step"] for r in rows if key in r] for key in ("val/acc", "train/loss")}
+    assert name == record["wandb"]["id"] and steps == {"val/acc": [3, 7, 11, 15], "train/loss": [3, 7, 11, 15]}
+    assert [r["_step"] for r in rows] == list(range(len(rows)))
+    assert server.ends[name] == 0 and server.runs[name]["summary"]["test/acc"] == 0.9
+    times = [r["_timestamp"] for r in rows]
+    assert times == sorted(times) and times[-1] - times[0] > 0.5, "the time at which it was measured, not sent"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize("modes", [("offline",) * 3, ("online", "offline", "online")])
+def test_a_training_that_was_killed_twice_is_one_run(tmp_path, server, modes):
+    said = [sit(tmp_path, m, *where) for m, where in zip(modes, (("epoch", 1), ("batch", 3), ("", 0)), strict=True)]
+    (record,) = list_runs(tmp_path)
+    assert [status for status, _ in said] == [-9, -9, 0] and len(record["sittings"]) == 3
+    assert f"run {record['wandb']['id']} goes on" in said[2][1]
+    if modes[-1] == "offline":
+        assert len(list(record["path"].glob("wandb/offline-run-*/*.wandb"))) == 1, "what a kill cut is in the way"
+        sync = [str(Path(sys.executable).parent / "wandb"), "sync", "--yes", str(record["path"] / "wandb")]
+        subprocess.run(sync, capture_output=True, timeout=100, check=True)
+    is_whole(server, record)
+
+
+def test_a_run_that_ended_badly_offline_and_goes_on_is_whole(tmp_path, server):
+    for last in (False, True):
+        run = start_run("t", {"lr": 0.1}, data={"hash": "abc"}, root=tmp_path, resume=True)
+        logger = wandb_logger(run, "offline", verbose=False)
+        for step in (1, 2) if not last else (2, 3):  # the second is done again
+            logger.log_metrics({"val/acc": step / 10, "epoch": step}, step)
+        if last:
+            finish_wandb(run, logger, {"test/acc": 0.9})
+        else:
+            logger.experiment.finish(exit_code=1)
+            run.finish("interrupted")
+    (folder,) = run.path.glob("wandb/offline-run-*/*.wandb")
+    history = [
+        {i.key or i.nested_key[0]: i.value_json for i in r.history.item}
+        for r in records(run.path)
+        if r.HasField("history")
+    ]
+    assert [row["val/acc"] for row in history] == ["0.1", "0.2", "0.3"] and run.record["wandb"]["id"] in folder.name
+    run.finish()
+
+
+def test_what_waits_offline_replaces_what_the_server_has(tmp_path, server):
+    """Online first, then the network is gone: what is sent later does not stand beside what was sent."""
+    for mode in ("online", "offline"):
+        run = start_run("t", {"lr": 0.1}, data={"hash": "abc"}, root=tmp_path, resume=True)
+        logger = wandb_logger(run, mode, verbose=False)
+        logger.log_metrics({"val/acc": 0.1}, 1)
+        if mode == "online":
+            logger.experiment.finish(exit_code=1)
+            run.finish("interrupted")
+    logger.log_metrics({"val/acc": 0.2}, 2)
+    finish_wandb(run, logger)
+    sync = [str(Path(sys.executable).parent / "wandb"), "sync", "--yes", str(run.path / "wandb")]
+    subprocess.run(sync, capture_output=True, timeout=100, check=True)
+    assert [r["val/acc"] for r in server.rows[run.record["wandb"]["id"]]] == [0.1, 0.2]
+    run.finish()
+
+
+# --- where a key is
+
+
+def log_in(url, monkeypatch, key="0123456789" * 4):
+    """What `wandb login` leaves behind."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    machine = url.partition("//")[2]
+    Path(os.environ["NETRC"]).write_text(f"machine {machine}\n  login user\n  password {key}\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("asked", ["online", "auto"])
+def test_wandb_login_is_enough(run, server, monkeypatch, capsys, asked):
+    log_in(server.url, monkeypatch)
+    logger = wandb_logger(run, asked)
+    logger.log_metrics({"val/acc": 0.5}, 1)
+    finish_wandb(run, logger)
+    assert f"online ({os.environ['NETRC']} has a key for {server.url} and" in capsys.readouterr().out
+    assert run.record["wandb"]["mode"] == "online" and len(server.rows[run.record["wandb"]["id"]]) == 1
+    assert server.keys - {None} == {"Basic " + base64.b64encode(b"api:" + b"0123456789" * 4).decode()}
+
+
+def test_the_server_of_the_settings_file(run, server, monkeypatch):
+    """`wandb login --host` writes the server there, and the key for it to netrc."""
+    log_in(server.url, monkeypatch)
+    monkeypatch.delenv("WANDB_BASE_URL")
+    settings = Path(os.environ["WANDB_CONFIG_DIR"]) / "settings"
+    assert choose_mode()[0] == "offline", "a key for another server"
+    settings.write_text(f"[default]\nbase_url = {server.url}\n", encoding="utf-8")
+    wandb.teardown()
+    assert choose_mode() == ("online", f"{os.environ['NETRC']} has a key for {server.url} and {server.url} answers")
+    finish_wandb(run, wandb_logger(run, "online", verbose=False))
+    assert list(server.runs) == [run.record["wandb"]["id"]]
+    settings.write_text(f"[default]\nbase_url = {server.url}\nmode = offline\n", encoding="utf-8")
+    assert choose_mode() == ("offline", "W&B's settings file says so") and choose_mode("online")[0] == "online"
+
+
+def test_doctor_says_what_a_training_does(server, monkeypatch):
+    log_in(server.url, monkeypatch)
+    said = CliRunner().invoke(app, ["doctor", "--json"])
+    (found,) = [c for c in json.loads(said.output) if c["what"] == "wandb"]
+    assert (found["state"], found["found"]) == ("ok", "{} ({})".format(*choose_mode()))
+    assert choose_mode()[0] == "online"
+
+
+@pytest.mark.parametrize("content", [b"machine api.wandb.ai login", b"\xff\xfe\x00", b"machine", b""])
+def test_a_broken_netrc_is_no_key(content):
+    Path(os.environ["NETRC"]).write_bytes(content)
+    mode, why = choose_mode()
+    assert mode == "offline" and ("cannot be read" in why or "has left no key for https://api.wandb.ai" in why)

@@ -263,8 +263,9 @@ class _Handler(BaseHTTPRequestHandler):
                 server.unknown.append(operation)
             return self._reply({"data": answer(**(body.get("variables") or {})) if answer else {}})
         run = self.path.split("/")[-2]
-        for row in body.get("files", {}).get("wandb-history.jsonl", {}).get("content", []):
-            server.rows.setdefault(run, []).append(json.loads(row))
+        if history := body.get("files", {}).get("wandb-history.jsonl"):
+            rows, at = server.rows.setdefault(run, []), history["offset"]
+            rows[at : at + len(history["content"])] = map(json.loads, history["content"])
         for row in body.get("files", {}).get("wandb-summary.json", {}).get("content", []):
             server.runs[run].setdefault("summary", {}).update(json.loads(row))
         if body.get("complete"):

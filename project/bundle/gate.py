@@ -71,13 +71,16 @@ class Rules:
     max_mb: float | None = None  # size of what is served; None: any
     min_rows: int = 100  # fewer rows say too little
     other_data: bool = False  # whether a challenger may be trained on other data than the rows are held out of
+    partial: bool = (
+        False  # whether a challenger may be trained in part, as a smoke test is, or be asked about part of the rows
+    )
 
     def __post_init__(self) -> None:
         "Refuse rules that mean nothing."
         for name, value in asdict(self).items():
             least, most = (1, math.inf) if name in ("slower", "larger", "gain", "min_rows") else (0, 1)
             least, most = (0, math.inf) if name.startswith("max_") else (least, most)
-            if value is not None and name != "other_data" and not least <= value <= most:
+            if value is not None and name not in ("other_data", "partial") and not least <= value <= most:
                 raise GateError(f"{name}: expected a number from {least} to {most}, got {value!r}")
         if not 0 < self.alpha < 1:
             raise GateError(f"alpha: expected a number between 0 and 1, got {self.alpha!r}")
@@ -136,12 +139,12 @@ def _receipt_notes(
         found.append(f"it was compressed from {bundle.parent[:8]}, whose card and receipt it carries")
     code = receipt.get("commit") or {}
     if code.get("dirty"):
-        found.append("its code had changes that were not committed")
+        commit = (code.get("commit") or "no commit")[:7]
+        found.append(
+            f"its code had changes that were not committed: {commit} is not what was run, its receipt has the hashes"
+        )
     if bundle.manifest.get("commit") != code.get("commit"):
         found.append("a commit was made while it was trained")
-    run: dict[str, Any] = next((r for r in receipt["runs"] if r["id"] == bundle.run), {})
-    if limit := (run.get("parameters") or {}).get("limit_batches"):
-        found.append(f"it was trained on {limit} batches an epoch, as a smoke test is")
     return found
 
 # %% ../../nbs/56_bundle.gate.ipynb #efe5f0ff
@@ -476,6 +479,11 @@ def _p(x: float) -> str:
     return f"p = {x:.2g}" if x >= 1e-4 else "p < 0.0001"
 
 
+def _accuracy(acc: float, low: float, high: float, n: int) -> str:
+    "An accuracy with its interval and the rows it was measured on."
+    return f"{acc:.2%} ({low:.2%} to {high:.2%}, n = {n:,})"
+
+
 def _times(x: float, more: str, less: str) -> str:
     "A ratio in words."
     return "the same" if 0.995 < x < 1.005 else f"{x:.2f} times {more}" if x > 1 else f"{1 / x:.2f} times {less}"
@@ -487,9 +495,9 @@ def _check_accuracy(
 ) -> tuple[list[dict[str, str]], bool]:  # checks, and whether it counts as good as the champion
     "Is it better?"
     score, n = found["scores"]["challenger"], found["scores"]["challenger"]["n"]
-    want = f"{n} rows say too little; at least {rules.min_rows} are needed"
+    want = f"{n} say too little; at least {rules.min_rows} are needed"
     few = [] if n >= rules.min_rows else [_check("rows", "keep", want)]
-    said = f"accuracy {score['acc']:.2%} ({score['acc_low']:.2%} to {score['acc_high']:.2%}, n = {n:,})"
+    said = _accuracy(score["acc"], score["acc_low"], score["acc_high"], n)
     if (paired := found["paired"]) is None:
         state = "promote" if score["acc_low"] > found["majority"] else "refuse"
         than = f"always saying the most frequent class gives {found['majority']:.2%}"
@@ -540,13 +548,13 @@ def _check_calibration(
     rules: Rules,
 ) -> dict[str, str]:
     "Is it as sure as it is right?"
-    says = f"calibration error {found['scores']['challenger']['ece']:.4f}"
+    says = f"error {found['scores']['challenger']['ece']:.4f}"
     if found["paired"] is None:
         return _check("calibration", "fine", says)
     d, old = found["ece_difference"], found["scores"]["champion"]["ece"]
     says += f", the champion's {old:.4f} ({d['is']:+.4f}; {d['low']:+.4f} to {d['high']:+.4f})"
     bad = d["low"] > rules.calibration
-    return _check("calibration", "refuse" if bad else "fine", ("worse calibrated: " if bad else "") + says)
+    return _check("calibration", "refuse" if bad else "fine", ("worse: " if bad else "") + says)
 
 # %% ../../nbs/56_bundle.gate.ipynb #b1a7465b
 def _check_latency(
@@ -595,9 +603,15 @@ def _check_origins(
     "How is it elsewhere?"
     mine, checks = found["origins"]["challenger"], []
     for new, old in zip(mine, found["origins"]["champion"] or [None] * len(mine), strict=True):
-        names = [k for k in ("acc", "balanced_acc", "confidence", "auroc") if new[k] is not None]
-        facts = [f"{k} {new[k]:.3f}" + (f" (champion {old[k]:.3f})" if old else "") for k in names]
-        checks.append(_check(new["set"], "fine", ", ".join([*facts, f"n = {new['n']:,}"])))
+        facts = []
+        if new["acc"] is not None:
+            theirs = f", the champion's is {old['acc']:.2%}" if old else ""
+            facts = [f"accuracy {_accuracy(new['acc'], new['low'], new['high'], new['n'])}{theirs}"]
+        for k, name in (("balanced_acc", "balanced accuracy"), ("confidence", "mean confidence"), ("auroc", "AUROC")):
+            if new[k] is not None:
+                facts.append(f"{name} {new[k]:.3f}" + (f" (the champion's {old[k]:.3f})" if old else ""))
+        facts += [f"n = {new['n']:,}"] if new["acc"] is None else []
+        checks.append(_check(new["set"], "fine", "; ".join(facts)))
     return checks
 
 
@@ -635,9 +649,19 @@ class Decision:
 
     @property
     def reasons(self) -> list[str]:
-        "What decided, in words."
-        deciding = [c for c in self.checks if c["state"] == self.verdict]
-        return [f"{c['check']}: {c['says']}" for c in deciding] or ["nothing speaks for a change"]
+        "What decided, in words, and what would have refused, had the rules not allowed it."
+        found = {
+            s: [f"{c['check']}: {c['says']}" for c in self.checks if c["state"] == s] for s in (self.verdict, "allow")
+        }
+        return (found[self.verdict] or ["nothing speaks for a change"]) + found["allow"]
+
+    @property
+    def elsewhere(self) -> list[str]:
+        "The accuracy on each labelled set of another origin."
+        sets = {
+            row["set"] for row in (self.evidence.get("origins") or {}).get("challenger") or [] if row["acc"] is not None
+        }
+        return [f"{c['check']}: {c['says']}" for c in self.checks if c["check"] in sets]
 
     @property
     def id(self) -> str:
@@ -654,7 +678,13 @@ class Decision:
         return write_json(path, self.json())
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.verdict}: {self.task}", *(f"  {reason}" for reason in self.reasons)])
+        notes = [
+            f"executed notebook: {c['says']}"
+            for c in self.checks
+            if c["check"] == "executed notebook" and ";" in c["says"]
+        ]
+        more = [line for line in (*self.elsewhere, *notes) if line not in self.reasons]
+        return "\n".join([f"{self.verdict}: {self.task}", *(f"  {line}" for line in (*self.reasons, *more))])
 
     def _repr_markdown_(self) -> str:
         rows = [f"| {c['check']} | {c['state']} | {c['says']} |".replace("\n", " ") for c in self.checks]
@@ -698,11 +728,48 @@ def _before(
         _check("same kind", "refuse" if other else "fine", "; ".join(other) or same),
         _check("executed notebook", "refuse" if hollow else "fine", "; ".join(hollow or [whole, *notes])),
     ]
+    checks.append(_check_whole(challenger, rules))
     if champion is not None and champion.hash == challenger.hash:
         checks.append(_check("new", "keep", "the challenger is the champion"))
     if data and data.get("hash"):
         checks.append(_check_held_out(challenger, str(data["hash"]), rules))
     return checks, not other
+
+# %% ../../nbs/56_bundle.gate.ipynb #67093b87
+def _left_out(bundle: Bundle) -> list[str]:
+    "What of a bundle's training was left out: as its manifest says, and as the parameters in its receipt do."
+    found = list(as_trained(bundle.manifest).get("partial") or [])
+    try:
+        runs = read_json(bundle.path / "notebook.ipynb")["metadata"]["project"]["receipt"]["runs"]
+        limit = next((r["parameters"].get("limit_batches") for r in runs if r["id"] == bundle.run), None)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # `card_problems` says so
+        limit = None
+    if limit and not any("batches an epoch" in said for said in found):
+        found.append(f"{limit} batches an epoch, as in a smoke test")
+    return found
+
+# %% ../../nbs/56_bundle.gate.ipynb #68bf35a4
+def _check_whole(challenger: Bundle, rules: Rules) -> dict[str, str]:
+    "Was it trained to the end of its recipe, on all of its data?"
+    if not (found := _left_out(challenger)):
+        return _check("whole training", "fine", "nothing of the recipe or the data was left out")
+    says = f"trained in part: {'; '.join(found)}"
+    if rules.partial:
+        return _check("whole training", "allow", f"{says}; which the rules allow")
+    return _check("whole training", "refuse", f"{says}. Train it whole, or say that it will do with -p partial True")
+
+# %% ../../nbs/56_bundle.gate.ipynb #ca8b2de5
+def _check_rows(data: Mapping[str, Any], n: int, rules: Rules) -> list[dict[str, str]]:
+    "Were they asked about all rows?"
+    total = data.get("rows") or n
+    if n >= total:
+        return []
+    says = f"{n:,} of {total:,} were asked, as in a smoke test"
+    return [
+        _check(
+            "rows", "allow" if rules.partial else "keep", says + ("; which the rules allow" if rules.partial else "")
+        )
+    ]
 
 # %% ../../nbs/56_bundle.gate.ipynb #749b3f34
 def _check_held_out(
@@ -716,7 +783,7 @@ def _check_held_out(
         return _check("held out", "fine", f"trained on the data that the rows are held out of ({rows[:12]})")
     says = f"trained on {f'data {trained[:12]}' if trained else 'unknown data'}, the rows are held out of {rows[:12]}"
     says += ", which the rules allow" if rules.other_data else ": train it on this data, or say that other data will do"
-    return _check("held out", "fine" if rules.other_data else "keep", says)
+    return _check("held out", "allow" if rules.other_data else "keep", says)
 
 # %% ../../nbs/56_bundle.gate.ipynb #3e70c555
 def compare(
@@ -727,7 +794,8 @@ def compare(
     *,
     sets: Mapping[str, tuple[Any, Any]] | None = None,  # of another origin: name -> inputs, labels (-1: no class)
     rules: Rules | None = None,  # None: the defaults
-    data: Mapping[str, Any] | None = None,  # task, classes, hash and split of the data that the rows are from
+    data: Mapping[str, Any]
+    | None = None,  # task, classes, hash, split and rows (how many) of the data that they are from
     batch_size: int = 256,  # rows at a time; does not change a result
     calls: int = 200,  # rows to time
 ) -> Decision:
@@ -742,7 +810,7 @@ def compare(
         try:
             rows, y = _checked(challenger, inputs, labels, True, "rows")
             evidence |= _measure(bundles, rows, y, sets or {}, rules, batch_size, calls)
-            checks += _judge(evidence, rules)
+            checks += [*_check_rows(kept, len(y), rules), *_judge(evidence, rules)]
         except BundleError as e:
             checks.append(_check("answers", "refuse", str(e)))
     now = datetime.now(UTC).isoformat(timespec="seconds")

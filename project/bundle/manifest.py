@@ -185,9 +185,12 @@ def _check_fields(
     checks.append(_class_problem(m.get("classes")))
     checks.append(_input_problem(m.get("input"), kind))
     checks.append(_output_problem(m.get("outputs"), m.get("classes")))
-    for name in ("metrics", "calibration"):
+    for name in ("metrics", "calibration", "checkpoint"):
         value = m.get(name, {})
         checks.append("" if isinstance(value, dict) else f"{name}: expected names and numbers, found {value!r}")
+    left = m.get("partial", [])
+    fine = isinstance(left, list) and all(map(_is_text, left))
+    checks.append("" if fine else f"partial: expected a list of texts, what training left out, found {left!r}")
     checks.append("" if _is_number(t) and t > 0 else f"temperature: expected a number above 0, found {t!r}")
     if problems := [c for c in checks if c]:
         raise BundleError(f"{where}: the manifest cannot be used:\n  " + "\n  ".join(problems))
@@ -408,6 +411,10 @@ def _rows(
     for name in ("temperature", "tta", "run", "commit", "data_hash"):
         if m.get(name) is not None:
             yield name.replace("_", " "), f"{m[name]}"[:40]
+    if m.get("partial"):
+        yield "trained in part", "; ".join(m["partial"]).replace("|", "\\|")
+    if (c := m.get("checkpoint") or {}).get("epoch") is not None:
+        yield "epoch", f"{c['epoch']} of {c.get('epochs', '?')}; {c.get('reason', '')}".replace("|", "\\|")
     facts = {f"calibration {k}": v for k, v in (m.get("calibration") or {}).items()}
     for name, value in ((m.get("metrics") or {}) | facts).items():
         yield name, f"{value:.4g}" if _is_number(value) else f"{value}"
@@ -570,6 +577,8 @@ def staged(
 ) -> Iterator[Path]:  # an empty folder beside it, to fill
     "A folder that appears at `path` when it is complete, and not at all after an error."
     path = Path(path).absolute()
+    if replace and path.is_symlink():  # the link stays, its target gives way
+        path = Path(os.path.realpath(path))
     if os.path.lexists(path) and not replace:
         raise BundleError(
             f"{show_path(path)}: expected a new place, found something there. Choose another, or say replace=True."

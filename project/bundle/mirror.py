@@ -33,7 +33,7 @@ from project.bundle.registry import (
     _who,
 )
 from ..core import human_bytes
-from ..train.tracking import choose_mode
+from ..train.tracking import choose_mode, wandb_login
 
 # %% ../../nbs/55_bundle.mirror.ipynb #e891be7c
 def _facts(
@@ -374,8 +374,8 @@ def _offline() -> str:  # empty: it can be tried
         return "PROJECT_MIRROR is off"
     if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled"):
         return f"WANDB_MODE is {mode}"
-    if not os.environ.get("WANDB_API_KEY"):
-        return "WANDB_API_KEY is not set"
+    if not wandb_login()[0]:
+        return "WANDB_API_KEY is not set, and `wandb login` was not done"
     if importlib.util.find_spec("wandb") is None:
         return "wandb is not installed (pip install wandb)"
     try:
@@ -567,7 +567,7 @@ def follow(
     "Bring W&B up to date after a change, if it can be asked; what was done stays done in any case."
     try:
         off = os.environ.get("PROJECT_MIRROR", "").strip() == "off"
-        unwanted = os.environ.get("WANDB_MODE") in ("offline", "disabled") or not os.environ.get("WANDB_API_KEY")
+        unwanted = os.environ.get("WANDB_MODE") in ("offline", "disabled") or not wandb_login()[0]
         if off or (unwanted and not _last(registry, task)[0]):
             return ""
         done = sync(registry, task, patience=patience)[0]

@@ -45,6 +45,7 @@ from project.core import (
     sha256,
     show_path,
 )
+from ..locks import locked
 
 # %% ../../nbs/54_bundle.registry.ipynb #99b73674
 class RegistryError(ValueError):
@@ -78,21 +79,13 @@ _WAIT = 30.0  # seconds, for a lock that is held for milliseconds
 
 
 @contextlib.contextmanager
-def _locked(
-    file: Path,  # exists only to be locked
-    wait: float = 0,  # seconds; 0: `_WAIT`
-) -> Iterator[None]:
+def _locked(file: Path, wait: float = 0) -> Iterator[None]:
     "Let one process at a time into the block; say so where another does not come out."
-    from project.runs.record import _try_lock
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+b") as f:  # closing the file unlocks it
-        wait = wait or _WAIT
-        stop = time.monotonic() + wait
-        while not _try_lock(f):
-            if time.monotonic() > stop:
-                raise RegistryError(f"{show_path(file)}: another process has held this lock for {wait:.0f} s; end it.")
-            time.sleep(0.005)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file, wait or _WAIT))
+        except TimeoutError as e:
+            raise RegistryError(str(e)) from e
         yield
 
 

@@ -140,22 +140,30 @@ def _overlaps(
     edges, pixels = np.arange(side + 1)[:, None] * n, np.arange(n) * side
     return np.clip(np.minimum(edges[1:], pixels + side) - np.maximum(edges[:-1], pixels), 0, None)
 
+# %% ../../nbs/23_data.cleaning.ipynb #ed278cad
+def _reduced(grey: np.ndarray, side: int = _SIDE) -> np.ndarray:
+    "The average brightness in each cell of a grid, exact: (N, H, W) numbers to (N, side, side) bytes."
+    n, h, w = grey.shape
+    kind = np.float32 if 256 * h * w <= 2**24 else np.float64  # holds the sums exactly
+    across = grey.reshape(-1, w).astype(kind) @ _overlaps(w, side).T.astype(kind)  # one product for all of them
+    down = _overlaps(h, side).astype(kind) @ across.reshape(n, h, side).transpose(1, 0, 2).reshape(h, -1)
+    return np.rint(down.reshape(side, n, side).transpose(1, 0, 2) / kind(h * w)).astype(np.uint8)
+
 
 def _thumbnails(
     images: np.ndarray,  # (N, H, W) or (N, H, W, 3) unsigned bytes
     rows: np.ndarray,  # which of them
-) -> np.ndarray:  # (rows, 32, 32) unsigned bytes, grey
-    "The average brightness in each cell of a grid, exact; of large images not every pixel is looked at."
+    side: int = _SIDE,  # pixels of an edge
+) -> np.ndarray:  # (rows, side, side) unsigned bytes, grey
+    "The images made small; of large ones not every pixel is looked at."
     step = max(1, min(images.shape[1:3]) // 4 // _SIDE)
-    h, w = images[:0, ::step, ::step].shape[1:3]
-    kind = np.float32 if 256 * h * w <= 2**24 else np.float64  # holds the sums exactly
-    left, right = _overlaps(h).astype(kind), _overlaps(w).T.astype(kind)
-    small = np.empty((len(rows), _SIDE, _SIDE), np.uint8)
+    small = np.empty((len(rows), side, side), np.uint8)
     for piece, some in pieces(images, rows):
         block = images[some, ::step, ::step]
-        if block.ndim == 4:  # ITU-R 601, in 256ths
-            block = (block @ np.array([77, 150, 29], np.uint16) >> 8) if block.shape[-1] == 3 else block[..., 0]
-        small[piece] = np.rint(left @ block.astype(kind) @ right / kind(h * w))
+        if block.ndim == 4 and block.shape[-1] == 3:  # ITU-R 601, in 256ths
+            red, green, blue = (block[..., k].astype(np.uint16) for k in range(3))
+            block = (77 * red + 150 * green + 29 * blue) >> 8
+        small[piece] = _reduced(block[..., 0] if block.ndim == 4 else block, side)
     return small
 
 # %% ../../nbs/23_data.cleaning.ipynb #40001ae3
@@ -171,27 +179,45 @@ def _hashes(
     return bits.reshape(len(bits), -1)
 
 # %% ../../nbs/23_data.cleaning.ipynb #9c8b7c67
-_TABLES, _KEY = 32, 16  # how often rows are sorted; bits of a key
+_AT_A_TIME = 16  # rows held against all others at once; so many fit a processor's cache
 
 
-def _image_candidates(
-    bits: np.ndarray,  # (N, 256)
-    radius: int,  # bits that the hashes of a pair may differ in
-) -> np.ndarray:  # (P, 2)
-    "Pairs of images with similar hashes."
-    packed = np.ascontiguousarray(np.packbits(bits, axis=1)).view(np.uint64)
-    draws = np.random.PCG64(0).random_raw(_TABLES * bits.shape[1]).reshape(_TABLES, -1)
+def _near_bits(
+    a: np.ndarray,  # (W, N) words of 64 bits, two or more a row
+    b: np.ndarray,  # (W, M) words; `a` itself: each pair once
+    radius: int,  # bits that a pair may differ in
+) -> Iterator[np.ndarray]:  # (P, 2) positions in `a` and `b`, ascending
+    "All pairs of rows that differ in few bits."
+    for start in range(0, a.shape[1], _AT_A_TIME):
+        skip = start if a is b else 0
+        some, others = a[:2, start : start + _AT_A_TIME, None], b[:2, None, skip:]
+        apart = np.bitwise_count(some[0] ^ others[0]) + np.bitwise_count(some[1] ^ others[1])
+        i, j = np.nonzero(apart <= radius)  # two words rule most pairs out
+        i, j = i + start, j + skip
+        close = np.bitwise_count(a[:, i] ^ b[:, j]).sum(0, dtype=np.int64) <= radius
+        yield np.stack([i, j], 1)[close & ((i < j) | (a is not b))]
 
-    def near() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for draw in draws:
-            chosen = np.packbits(bits[:, np.argsort(draw, kind="stable")[:_KEY]], axis=1)
-            for a, b in _same_key(np.ascontiguousarray(chosen).view(np.uint16)[:, 0]):
-                close = np.bitwise_count(packed[a] ^ packed[b]).sum(1, dtype=np.int64) <= radius
-                yield a[close], b[close]
 
-    return _unique_pairs(near(), len(bits))
+def _packed(bits: np.ndarray) -> np.ndarray:
+    "(N, B) bits as (W, N) words of 64."
+    whole = np.zeros((len(bits), -(-bits.shape[1] // 64) * 64), bool)
+    whole[:, : bits.shape[1]] = bits
+    return np.ascontiguousarray(np.packbits(whole, axis=1).view(np.uint64).T)
 
 # %% ../../nbs/23_data.cleaning.ipynb #7d6761d0
+def _steps(thumbnails: np.ndarray) -> np.ndarray:
+    "(N, S, S) bytes to (N, D): the differences of neighbouring pixels."
+    x = thumbnails.astype(np.int32)
+    numbers = x.shape[1] * (x.shape[1] - 1)  # of a square; -1 would not do where there is no row
+    return np.concatenate([np.diff(x, axis=axis).reshape(len(x), numbers) for axis in (2, 1)], 1)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    "The cosine of the rows of two arrays of whole numbers, from sums that are exact."
+    ab, aa, bb = (np.einsum("ij,ij->i", x, y).astype(float) for x, y in ((a, b), (a, a), (b, b)))
+    return ab / np.sqrt(np.maximum(aa * bb, 1))
+
+
 def _likeness(
     thumbnails: np.ndarray,  # (N, 32, 32)
     pairs: np.ndarray,  # (P, 2)
@@ -199,13 +225,8 @@ def _likeness(
     "Correlation of the differences between neighbouring pixels."
     found = np.zeros(len(pairs))
     for start in range(0, len(pairs), 4096):
-        both = []
-        for side in pairs[start : start + 4096].T:
-            x = thumbnails[side].astype(np.int16)
-            steps = (np.diff(x, axis=2), np.diff(x, axis=1))
-            both.append(np.concatenate([d.reshape(len(side), -1) for d in steps], 1).astype(np.int32))
-        ab, aa, bb = (np.einsum("ij,ij->i", a, b).astype(float) for a, b in (both, both[:1] * 2, both[1:] * 2))
-        found[start : start + 4096] = ab / np.sqrt(np.maximum(aa * bb, 1))
+        a, b = pairs[start : start + 4096].T
+        found[start : start + 4096] = _correlation(_steps(thumbnails[a]), _steps(thumbnails[b]))
     return found
 
 # %% ../../nbs/23_data.cleaning.ipynb #dd930878
@@ -215,33 +236,192 @@ _STRANGERS, _CROWD = 0.3, 0.03  # a likeness, and the share of random pairs that
 
 
 def _least_likeness(
-    images: np.ndarray,  # (N, …)
-    rows: np.ndarray,  # which of them
+    thumbnails: np.ndarray,  # (N, 32, 32)
 ) -> float:  # the likeness that counts
     "What near duplicates must reach in this set, by how alike random rows of it are."
-    draws = np.random.PCG64(0).random_raw(2000) % np.uint64(len(rows))
-    sample, places = np.unique(draws.astype(np.int64), return_inverse=True)
-    a, b = places.reshape(2, -1)
-    pairs = _unique_pairs([(a, b)], len(sample))
-    likeness = _likeness(_thumbnails(images, rows[sample]), pairs[pairs[:, 0] < pairs[:, 1]])
+    draws = np.random.PCG64(0).random_raw(2000) % np.uint64(len(thumbnails))
+    a, b = draws.astype(np.int64).reshape(2, -1)
+    pairs = _unique_pairs([(a, b)], len(thumbnails))
+    likeness = _likeness(thumbnails, pairs[pairs[:, 0] < pairs[:, 1]])
     crowded = likeness.size and (likeness >= _STRANGERS).mean() > _CROWD
     return _ALIKE_IN_CROWD if crowded else _ALIKE
 
+# %% ../../nbs/23_data.cleaning.ipynb #9b28f9f2
+_KEPT = 64  # pairs of a row that are looked at, whatever they link
 
+
+def _alike(
+    thumbnails: np.ndarray,  # (N, 32, 32)
+    proposals: Iterable[np.ndarray],  # (P, 2) each, ascending
+    least: float,  # likeness that counts
+) -> np.ndarray:  # (P, 2)
+    "The pairs that are alike; of a row's many those that link groups."
+    group, found = np.arange(len(thumbnails)), [np.zeros((0, 2), np.int64)]
+    for pairs in proposals:
+        a, b = pairs.T
+        place = np.arange(len(a)) - np.searchsorted(a, a)  # among the row's own
+        pairs = pairs[(place < _KEPT) | (group[a] != group[b])]
+        pairs = pairs[_likeness(thumbnails, pairs) >= least]
+        for a, b in pairs[group[pairs[:, 0]] != group[pairs[:, 1]]].tolist():
+            if group[a] != group[b]:
+                group[group == group[b]] = group[a]
+        found.append(pairs)
+    return np.concatenate(found)
+
+# %% ../../nbs/23_data.cleaning.ipynb #220c6b10
+_BASE = 64  # pixels of an edge that windows are cut from
+_EDGES = (32, 36, 40, 46, 53, 64)  # an image reduced to so many pixels: windows of 32 are 1, 0.9, 0.8 … 0.5 of its edge
+_STRIDE = 4  # pixels from window to window, at most
+
+
+def _places(edge: int) -> list[tuple[int, int]]:
+    "Where the windows of 32 x 32 lie in an image of this edge: left and top."
+    steps = -(-(edge - _SIDE) // _STRIDE)
+    at = [k * (edge - _SIDE) // max(1, steps) for k in range(steps + 1)]
+    return [(x, y) for y in at for x in at]
+
+# %% ../../nbs/23_data.cleaning.ipynb #b46de973
+_LENGTH = 256  # of a row of coarse differences
+
+
+def _coarse(squares: np.ndarray) -> np.ndarray:
+    "(N, 32, 32) bytes to (N, 112) whole numbers: the differences of 8 x 8 cells, of one length for any contrast."
+    found = np.empty((len(squares), 112), np.int16)
+    for start in range(0, len(squares), 256):
+        some = squares[start : start + 256]
+        steps = _steps(some.reshape(len(some), 8, 4, 8, 4).sum((2, 4), dtype=np.int32))
+        length = np.sqrt((steps.astype(np.int64) ** 2).sum(1, keepdims=True))
+        found[start : start + 256] = np.rint(steps * (_LENGTH / np.maximum(length, 1)))
+    return found
+
+# %% ../../nbs/23_data.cleaning.ipynb #08f2a34a
+_COMPARISONS = 1 << 32  # of a window and an image: seconds
+_UNLIKE = 34  # of 112 signs, how many a window may have different
+_COARSE = 0.7  # least coarse likeness
+_TRIED, _MOST = 2, 8_000  # pairs that are measured at most: a row of the set, and in all
+
+
+def _edges(n: int) -> tuple[int, ...]:
+    "How far a set of so many images is searched."
+    total = np.cumsum([len(_places(edge)) for edge in _EDGES]) * 2 * n * n
+    return tuple(edge for edge, work in zip(_EDGES, total.tolist(), strict=True) if work <= _COMPARISONS)
+
+
+def _window_matches(windows: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    "Coarse (N, 112) of one window of each image, (2N, 112) of all and of all mirrored: (P, 3) row, which, likeness."
+    found, n = [np.zeros((0, 3), np.int64)], len(windows)
+    for pairs in _near_bits(_packed(windows > 0), _packed(whole > 0), _UNLIKE):
+        a, b = pairs[pairs[:, 0] != pairs[:, 1] % n].T
+        score = np.einsum("ij,ij->i", windows[a].astype(np.int64), whole[b])
+        found.append(np.stack([a, b, score], 1)[score >= _COARSE * _LENGTH**2])
+    every = np.concatenate(found)
+    return every[np.argsort(-every[:, 2], kind="stable")[: min(_TRIED * n, _MOST)]]
+
+# %% ../../nbs/23_data.cleaning.ipynb #85a48b51
+def _resized(base: np.ndarray, side: int) -> np.ndarray:
+    "The same as `_reduced`, in little memory."
+    return np.concatenate([_reduced(base[i : i + 64], side) for i in range(0, len(base), 64)])
+
+
+def _best(found: np.ndarray, n: int) -> np.ndarray:
+    "(P, 7) matches: the likeliest of each pair, and of the pairs the likeliest."
+    found = found[np.argsort(-found[:, 2], kind="stable")]
+    first = np.unique(found[:, 0] * (2 * n) + found[:, 1], return_index=True)[1]
+    return found[np.sort(first)[: min(_TRIED * n, _MOST)]]
+
+
+def _part_candidates(
+    base: np.ndarray,  # (N, 64, 64) bytes
+    edges: tuple[int, ...],  # from `_edges`
+) -> np.ndarray:  # (P, 7) row, which may be a part of it (+ N: mirrored), coarse likeness, window in 256ths
+    "Pairs of images, and the window of the one that the other is most like; the likeliest of all."
+    n, small = len(base), _resized(base, _SIDE)
+    whole = np.concatenate([_coarse(small), _coarse(small[:, :, ::-1])])
+    found = np.zeros((0, 7), np.int64)
+    for edge in edges:
+        image = _resized(base, edge)
+        for x, y in _places(edge):
+            hits = _window_matches(_coarse(image[:, y : y + _SIDE, x : x + _SIDE]), whole)
+            box = [at * 256 // edge for at in (x, y, x + _SIDE, y + _SIDE)]
+            found = _best(np.concatenate([found, np.concatenate([hits, np.tile(box, (len(hits), 1))], 1)]), n)
+    return found
+
+# %% ../../nbs/23_data.cleaning.ipynb #5e5db94a
+def _cut(base: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    "(P, 64, 64) bytes and windows (P, 4) in 256ths to (P, 32, 32) bytes: what is seen through them, exact."
+    pixels = np.arange(_BASE) * (256 // _BASE * _SIDE)
+
+    def shares(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        edges = (low[:, None] * _SIDE + (high - low)[:, None] * np.arange(_SIDE + 1))[..., None]
+        inside = np.minimum(edges[:, 1:], pixels + 256 // _BASE * _SIDE) - np.maximum(edges[:, :-1], pixels)
+        return np.clip(inside, 0, None).astype(np.float32)
+
+    across, down = shares(boxes[:, 0], boxes[:, 2]), shares(boxes[:, 1], boxes[:, 3])
+    area = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).astype(np.float32)
+    return np.rint(down @ base.astype(np.float32) @ across.transpose(0, 2, 1) / area[:, None, None]).astype(np.uint8)
+
+# %% ../../nbs/23_data.cleaning.ipynb #00dd7dd3
+_MOVES = np.array(  # left, top, right, bottom
+    [[1, 0, 1, 0], [-1, 0, -1, 0], [0, 1, 0, 1], [0, -1, 0, -1]]  # to a side
+    + [[1, 1, -1, -1], [-1, -1, 1, 1], [1, 0, -1, 0], [-1, 0, 1, 0]]  # smaller, larger, narrower, wider
+)
+_HOPELESS = 0.3  # likeness after the large steps below which nobody looks on
+_BOTH = 1.5  # least fine and coarse likeness together
+
+
+def _fitted(base: np.ndarray, boxes: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    "(P, 64, 64) bytes, windows (P, 4), (P, 32, 32) bytes: the likeness (P,) of the window that fits best."
+    boxes, steps, rows = boxes.copy(), _steps(parts), np.arange(len(boxes))
+    likeness = _correlation(_steps(_cut(base, boxes)), steps)
+    for far in (8, 8, 4, 4, 2, 2):
+        best, places = likeness[rows], boxes[rows]
+        for move in far * _MOVES:
+            new = boxes[rows] + move
+            fits = (new.min(1) >= 0) & (new.max(1) <= 256) & ((new[:, 2:] - new[:, :2]).min(1) >= 96)
+            found = np.full(len(rows), -1.0)
+            found[fits] = _correlation(_steps(_cut(base[rows[fits]], new[fits])), steps[rows[fits]])
+            better = found > best
+            best[better], places[better] = found[better], new[better]
+        likeness[rows], boxes[rows] = best, places
+        rows = rows[best >= _HOPELESS]
+    return likeness
+
+# %% ../../nbs/23_data.cleaning.ipynb #b6d446e5
+def _part_pairs(
+    images: np.ndarray,  # (N, …) unsigned bytes
+    rows: np.ndarray,  # which of them
+    least: float,  # likeness that counts
+) -> np.ndarray:  # (P, 2) positions in `rows`, a < b, ascending
+    "Pairs of which one shows a part of the other, perhaps mirrored."
+    base, n = _thumbnails(images, rows, _BASE), len(rows)
+    found = _part_candidates(base, _edges(n))
+    keep = np.zeros(len(found), bool)
+    for start in range(0, len(found), 32):
+        some = found[start : start + 32]
+        parts = _reduced(base[some[:, 1] % n])
+        parts = np.where((some[:, 1] >= n)[:, None, None], parts[:, :, ::-1], parts)
+        likeness = _fitted(base[some[:, 0]], some[:, 3:], parts)
+        keep[start : start + 32] = (likeness >= least) & (likeness + some[:, 2] / _LENGTH**2 >= _BOTH)
+    return _unique_pairs([tuple(found[keep, :2].T % n)], n)
+
+# %% ../../nbs/23_data.cleaning.ipynb #764d813d
 def _image_pairs(
     images: np.ndarray,  # (N, …) unsigned bytes
     rows: np.ndarray,  # which of them; no two identical
-) -> tuple[np.ndarray, float]:  # (P, 2) row numbers, the likeness that counted
-    "Pairs of rows that show nearly the same."
+) -> tuple[np.ndarray, str, dict[str, int]]:  # (P, 2) row numbers; how they were found, how many in which way
+    "Pairs of rows that show nearly the same, or one a part of the other."
     if len(rows) < 2:
-        return np.zeros((0, 2), np.int64), _ALIKE
-    least, bits = _least_likeness(images, rows), np.empty((len(rows), _WAVES**2), bool)
-    for piece, some in pieces(images, rows):
-        bits[piece] = _hashes(_thumbnails(images, some))
-    pairs = _image_candidates(bits, _RADIUS if least == _ALIKE else _RADIUS_IN_CROWD)
-    used, places = np.unique(pairs, return_inverse=True)
-    likeness = _likeness(_thumbnails(images, rows[used]), places.reshape(-1, 2))
-    return rows[pairs[likeness >= least]], least
+        return np.zeros((0, 2), np.int64), "fewer than two images to compare", {"whole": 0, "part": 0}
+    thumbnails = _thumbnails(images, rows)
+    least, hashes = _least_likeness(thumbnails), _packed(_hashes(thumbnails))
+    radius, edges = (_RADIUS, _edges(len(rows))) if least == _ALIKE else (_RADIUS_IN_CROWD, ())
+    whole = _alike(thumbnails, _near_bits(hashes, hashes, radius), least)
+    parts = _part_pairs(images, rows, least) if edges else np.zeros((0, 2), np.int64)
+    pairs = _unique_pairs([tuple(whole.T), tuple(parts.T)], len(rows))
+    how = f"256-bit DCT hash, all pairs compared; likeness of pixel steps of {least:g} or more"
+    smallest = f"{_SIDE / edges[-1]:.1f} of the edge" if edges else ""
+    how += f"; the same of windows down to {smallest}, and mirrored" if edges else "; parts were not looked for"
+    return rows[pairs], how, {"whole": len(whole), "part": len(pairs) - len(whole)}
 
 # %% ../../nbs/23_data.cleaning.ipynb #515bb808
 def _firsts(
@@ -253,11 +433,11 @@ def _firsts(
     usable[[i for group in groups for i in group[1:]]] = False
     return np.flatnonzero(usable), groups
 
-
+# %% ../../nbs/23_data.cleaning.ipynb #af0ecbea
 def near_images(
     images: np.ndarray,  # (N, H, W) or (N, H, W, 3) unsigned bytes
 ) -> list[list[int]]:  # groups of two rows or more, ascending
-    "Groups of images that are the same or nearly so: DCT hash of 256 bits, 32 tables of 16, verified on pixels."
+    "Groups of images that are the same, nearly so, or one a part of another: verified on pixels."
     rows, groups = _firsts(images)
     links = [(group[0], i) for group in groups for i in group[1:]]
     return _groups(np.concatenate([_image_pairs(images, rows)[0], np.array(links, np.int64).reshape(-1, 2)]))
@@ -427,14 +607,14 @@ def _reject_near(
 def _near_pairs(
     inputs: np.ndarray | Texts,  # images, or texts
     rows: np.ndarray,  # which of them; no two identical
-) -> tuple[np.ndarray, str]:  # (P, 2) row numbers; how they were found
+) -> tuple[np.ndarray, str, dict[str, int]]:  # (P, 2) row numbers; how they were found, and how many in which way
     "Pairs of rows that are nearly the same."
     if not isinstance(inputs, Texts):
-        pairs, least = _image_pairs(inputs, rows)
-        return pairs, f"256-bit DCT hash, {_TABLES} tables of {_KEY} bits; likeness of pixel steps of {least:g} or more"
+        return _image_pairs(inputs, rows)
     texts = inputs.joined()
     how = f"MinHash of runs of {_RUN} words, {_BANDS} bands of {_BAND}; Jaccard index of {_JACCARD:g} or more"
-    return rows[_text_pairs([words(texts[i]) for i in rows])], how
+    pairs = rows[_text_pairs([words(texts[i]) for i in rows])]
+    return pairs, how, {"whole": len(pairs)}
 
 # %% ../../nbs/23_data.cleaning.ipynb #a13857ef
 _LISTED = 1000  # entries of a list in a report
@@ -501,16 +681,18 @@ def clean(
     _reject_blank(examples, left)
     rows, same = _firsts(examples.inputs)
     _reject_identical(examples, same, part, left)
-    pairs, how = _near_pairs(examples.inputs, rows)
+    pairs, how, numbers = _near_pairs(examples.inputs, rows)
     copies = {group[0]: group for group in same}
     groups = _link(pairs, copies, lambda i: part[i] != "ood" and i not in left)
     both = [(copies.get(x, [x]), copies.get(y, [y])) for x, y in [*pairs.tolist(), *pairs[:, ::-1].tolist()]]
     published = [group for g in same if len(group := [i for i in g if part[i] != "ood"]) > 1]
+    together = _reject_near(examples, groups, part, left, near)
+    taken = sum(kind == "near" for kind, _ in left.values())
     report = {
         "identical": _count_groups(published, examples.labels, part),
-        "near": {"method": how, **_count_groups(groups, examples.labels, part)},
+        "near": {"method": how, "pairs": numbers, "left_out": taken, **_count_groups(groups, examples.labels, part)},
         "ood": _count_shared(examples, part, [*both, *zip(same, same, strict=True)]),
-        "together": _reject_near(examples, groups, part, left, near),
+        "together": together,
     }
     return _left_out(examples, left), report
 
@@ -563,6 +745,7 @@ def group_split(
     seed: int = 0,  # of the draw
     groups: Iterable[Sequence[int]] = (),  # rows that must stay together
     usable: np.ndarray | None = None,  # (N,) whether a row takes part at all
+    names: Sequence[str] = (),  # of the classes, for messages
 ) -> tuple[np.ndarray, np.ndarray]:  # rows that stay, rows held out; both ascending
     "Hold out rows so that each class has its share and no group is torn; the same rows for the same seed."
     usable = np.ones(len(labels), bool) if usable is None else usable
@@ -578,8 +761,9 @@ def group_split(
         rows = np.flatnonzero(free & (labels == c))
         drawn = _draw(rows[np.argsort(keys[rows], kind="stable")], [g for g in whole if labels[g[0]] == c], quota)
         if not 1 <= quota == len(drawn) <= size - 1:
+            which = names[c] if len(names) else c
             raise ValueError(
-                f"class {c}: expected enough rows to hold out {max(quota, 1)} and keep one, found {size}, "
+                f"class {which}: expected enough rows to hold out {max(quota, 1)} and keep one, found {size}, "
                 f"of which {len(rows)} have no near duplicate. Add examples or drop the class."
             )
         chosen[drawn] = True

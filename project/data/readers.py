@@ -4,30 +4,52 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'reject', 'check_rejects', 'Texts', 'ImageError', 'decode_image', 'Tree',
-           'open_tree', 'Item', 'class_folders', 'in_order', 'decode_all', 'common_edge', 'csv_head', 'read_csv']
+           'open_tree', 'Item', 'beside', 'class_folders', 'in_order', 'decode_all', 'common_edge', 'table_rows',
+           'csv_head', 'read_csv']
 
 # %% ../../nbs/21_data.readers.ipynb #8412477e
+import codecs
 import contextlib
 import csv
 import io
 import os
+import re
 import stat
+import tarfile
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any, overload
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ..core import cache_dir, check_space, nearest, progress
-from .sources import SourceError, folder_files, open_zip, opened, zip_members
+from project.data.sources import (
+    PARTS,
+    TABLES,
+    SourceError,
+    archive_kind,
+    folder_files,
+    image_roots,
+    is_image,
+    kind_of,
+    look_at,
+    open_member,
+    open_tar,
+    open_zip,
+    opened,
+    shown_name,
+    tar_members,
+    zip_members,
+)
 
 # %% ../../nbs/21_data.readers.ipynb #5ddfc56b
 def reject(
@@ -176,22 +198,19 @@ def _open_image(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ImageError(f"expected at most {max_pixels:,} pixels, found far more") from e
     except Exception as e:  # a decoder of hostile bytes may raise anything
-        raise ImageError(f"expected an image ({', '.join(formats)}), found {_kind(content)}") from e
+        raise ImageError(f"expected an image ({', '.join(formats)}), found {_kind(content, formats)}") from e
     width, height = image.size
     if not 0 < width * height <= max_pixels:
         raise ImageError(f"expected 1 to {max_pixels:,} pixels, found {width:,} x {height:,}")
     return image
 
 
-def _kind(
-    content: bytes,  # a file
-) -> str:  # for messages
-    "What bytes seem to be."
-    if content.startswith((b"<", b"{")):
-        return "a web page or other text"
-    if content.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM")):
-        return "a damaged one"
-    return f"something else, starting {content[:4].hex(' ')}"
+def _kind(content: bytes, formats: Sequence[str]) -> str:
+    "What bytes are that no decoder takes."
+    kind = kind_of(content[:512])
+    if kind.endswith(" image"):
+        return "a damaged one" if kind.split()[1].upper() in formats else f"{kind}, which is not read here"
+    return kind or f"something else, starting {content[:4].hex(' ')}"
 
 # %% ../../nbs/21_data.readers.ipynb #6b0ae78e
 def _flat(
@@ -231,19 +250,24 @@ def decode_image(
             box = (left, top, left + edge, top + edge)
             image = image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=3)
         return np.array(image)
+    except MemoryError:
+        raise
     except Exception as e:
         raise ImageError(f"expected a whole image, found a damaged {image.format} ({e or type(e).__name__})") from e
 
 # %% ../../nbs/21_data.readers.ipynb #173aae30
 @dataclass
 class Tree:
-    "Files below a folder or in a zip, by their names."
+    "The files of a set of images, below a folder or in an archive, by their names."
 
-    path: Path  # of the folder or the zip
-    names: dict[str, Any]  # name -> where to read it, in the order of the names
+    path: Path  # of the folder or the archive
+    names: dict[str, Any]  # name -> where to read it, or its bytes; in the order of the names
     ignored: int = 0  # hidden files, which nobody put there on purpose
     rejects: list[dict[str, Any]] = field(default_factory=list)  # members that are no plain files
-    archive: zipfile.ZipFile | None = None
+    archive: zipfile.ZipFile | tarfile.TarFile | None = None
+    around: list[str] = field(default_factory=list)  # names of files outside of the folder that holds the set
+    copies: int = 0  # files that are the set once more
+    _turn: threading.Lock = field(default_factory=threading.Lock)  # a tar has one place at which it is read
 
     def read(
         self,
@@ -252,16 +276,21 @@ class Tree:
     ) -> bytes:  # the content
         "Read a file, from any thread."
         try:
-            with self._open(name) as f:
+            turn = self._turn if isinstance(self.archive, tarfile.TarFile) else contextlib.nullcontext()
+            with turn, self._open(name) as f:
                 content = f.read(limit + 1)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as e:
-            raise ImageError(f"expected a readable file, found damage ({e})") from e
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, ValueError) as e:
+            found = f"one that cannot ({e.strerror})" if isinstance(e, OSError) and e.strerror else f"damage ({e})"
+            raise ImageError(f"expected a file that can be read, found {found}") from e
         if len(content) > limit:
             raise ImageError(f"expected at most {limit:,} bytes, found more")
         return content
 
     def _open(self, name: str) -> Any:
-        return self.archive.open(self.names[name]) if self.archive else (self.path / self.names[name]).open("rb")
+        where = self.names[name]
+        if isinstance(where, bytes):
+            return io.BytesIO(where)
+        return open_member(self.archive, where) if self.archive else (self.path / where).open("rb")
 
     def above(
         self,
@@ -270,42 +299,81 @@ class Tree:
         "The folders that the names begin with."
         return {"/".join(parts[:depth]) for name in self.names if len(parts := name.split("/")) > depth}
 
-
-def _stripped(
-    names: dict[str, Any],  # name -> anything
-    keep: set[str],  # folders that mean something, in small letters
-) -> dict[str, Any]:  # the same, names shorter
-    "Names without the one folder that is around all of them."
-    tops = {name.partition("/")[0] for name in names if "/" in name}
-    if len(tops) == 1 and all("/" in name for name in names) and not {t.lower() for t in tops} & keep:
-        inner = {name.partition("/")[2]: value for name, value in names.items()}
-        return _stripped(inner, keep) if any("/" in name for name in inner) else names
-    return names
+    def table(
+        self,
+        *names: str,  # of tables
+    ) -> str:  # one of the tree's names; empty where there is none
+        "The table of one of these names at the top, whatever the case of its letters, packed or not."
+        return next((name for name in self.names if name.lower().removesuffix(".gz") in names), "")
 
 # %% ../../nbs/21_data.readers.ipynb #e4a18b49
-_PARTS = {
-    **dict.fromkeys(("train", "training", "train_data"), "train"),
-    **dict.fromkeys(("test", "testing", "test_data"), "test"),
-    **dict.fromkeys(("valid", "val", "validation"), "valid"),
-}
+def _alike(tree: Tree, a: str, b: str) -> bool:
+    "Whether two files have the same content; a zip says so without their being read."
+    x, y = tree.names[a], tree.names[b]
+    if isinstance(x, zipfile.ZipInfo):
+        return (x.CRC, x.file_size) == (y.CRC, y.file_size)
+    with contextlib.suppress(ImageError):
+        return tree.read(a) == tree.read(b)
+    return False
+
+
+def _rooted(tree: Tree) -> Tree:
+    "The same with names that begin at the set; a second set is its copy, or an error."
+    look = look_at(tree.names)
+    if not (roots := image_roots(look) or image_roots(look, least=1)):
+        return tree
+    sets: dict[str, list[str]] = {root: [] for root in roots}
+    inner_first = sorted(roots, key=len, reverse=True)
+    around: list[str] = []
+    for name in tree.names:
+        sets.get(next((root for root in inner_first if name.startswith(root)), "-"), around).append(name)
+    main = max(roots, key=lambda root: len(sets[root]))  # the outer one of equals
+    for other in (root for root in roots if root != main):
+        files = [name for name in sets[other] if is_image(name) or name.rpartition("/")[2].lower() in TABLES]
+        same = ((name, main + name[len(other) :]) for name in files)
+        if not all(twin in tree.names and _alike(tree, name, twin) for name, twin in same):
+            two = " and ".join(f"{root or 'the top'} ({len(sets[root]):,} files)" for root in (main, other))
+            advice = "Unpack it, and name the folder of the one." if tree.archive else "Name the folder of the one."
+            raise SourceError(f"{tree.path}: expected one set of images, found {two}, which are not the same. {advice}")
+        tree.copies += len(files)
+        around += sorted({*sets[other]} - {*files})
+    return replace(tree, names={name[len(main) :]: tree.names[name] for name in sets[main]}, around=around)
 
 # %% ../../nbs/21_data.readers.ipynb #455cb4ce
+def _tree(path: Path, archive: zipfile.ZipFile | tarfile.TarFile | None) -> Tree:
+    "All files of a folder, an archive, or a table that holds images."
+    if archive is None:
+        files = folder_files(path) if path.is_dir() else [path.name]
+        names = {shown_name(name): name for name in files}
+        if len(names) < len(files):
+            raise SourceError(f"{path}: expected names that differ when they are printed, found some that do not.")
+        return Tree(path if path.is_dir() else path.parent, names)
+    if isinstance(archive, zipfile.ZipFile):
+        members: dict[str, Any] = {m.filename: m for m in zip_members(path, archive)}
+        plain = {name: m for name, m in sorted(members.items()) if not stat.S_ISLNK(m.external_attr >> 16)}
+        ignored = sum(not m.is_dir() for m in archive.infolist()) - len(members)
+    else:
+        members = {m.name: m for m in tar_members(path, archive)}
+        plain = {name: m for name, m in sorted(members.items()) if m.isreg()}
+        ignored = sum(not m.isdir() for m in archive.getmembers()) - len(members)
+    rejects = [reject(name, "expected a file, found a link") for name in members if name not in plain]
+    return Tree(path, plain, ignored, rejects, archive)
+
+
 @contextlib.contextmanager
 def open_tree(
-    path: str | Path,  # a folder or a zip
+    path: str | Path,  # a folder, a zip or tar archive, or a table
 ) -> Iterator[Tree]:  # its files
-    "The files of a folder or of an archive, checked; nothing is unpacked to a disk."
-    path, keep = Path(path), {*_PARTS, "images"}
-    if path.is_dir():
-        yield Tree(path, _stripped({name: name for name in folder_files(path)}, keep))
-        return
-    with open_zip(path) as archive:
-        members = zip_members(path, archive)
-        links = [m.filename for m in members if stat.S_ISLNK(m.external_attr >> 16)]
-        plain = {m.filename: m for m in sorted(members, key=lambda m: m.filename) if m.filename not in links}
-        hidden = sum(not m.is_dir() for m in archive.infolist()) - len(members)
-        rejects = [reject(name, "expected a file, found a link") for name in links]
-        yield Tree(path, _stripped(plain, keep), hidden, rejects, archive)
+    "The files of a set of images, checked; of the archives only a packed tar is unpacked, to a file without a name."
+    path = Path(path)
+    kind = "" if path.is_dir() else archive_kind(path)
+    opening: Any = contextlib.nullcontext()
+    if kind == "tar":
+        opening = open_tar(path)
+    elif not path.is_dir() and (kind or not path.name.lower().endswith((".csv", ".csv.gz"))):
+        opening = open_zip(path)
+    with opening as archive:
+        yield _rooted(_tree(path, archive))
 
 # %% ../../nbs/21_data.readers.ipynb #de3675fe
 @dataclass(frozen=True)
@@ -317,33 +385,44 @@ class Item:
     name: str  # in the tree
 
 
+def beside(
+    tree: Tree,  # perhaps with files around the set
+) -> tuple[list[dict[str, Any]], int]:  # rejects, how many other files lie about
+    "What lies outside of the folder of a set: images are listed, since they are missed, other files are counted."
+    images = [name for name in tree.around if is_image(name)]
+    rejects = [reject(name, "expected an image in a class folder, found it beside them") for name in images]
+    return [*tree.rejects, *rejects], len(tree.around) - len(images)
+
+
 def class_folders(
     tree: Tree,  # `<class>/<file>`, or `train/<class>/<file>` and the like
 ) -> tuple[list[Item], list[dict[str, Any]], int]:  # images, rejects, how many other files lie about
     "What the folders say about each file."
-    parts = {top for top in tree.above() if top.lower() in _PARTS}
+    parts = {top for top in tree.above() if top.lower() in PARTS}
     if parts and (strange := sorted(tree.above() - parts)):
         raise SourceError(
             f"{tree.path}: expected only {', '.join(sorted(parts))} beside each other, or only class folders, "
             f"found {strange[0]!r} too. Move it away, or into train."
         )
-    items, rejects, others = [], list(tree.rejects), 0
+    items: list[Item] = []
+    rejects, others = beside(tree)
     for name in tree.names:
         above, _, last = name.rpartition("/")
         folders = above.split("/") if above else []
         if len(folders) == 1 + bool(parts):
-            items.append(Item(_PARTS[folders[0].lower()] if parts else "train", folders[-1], name))
+            items.append(Item(PARTS[folders[0].lower()] if parts else "train", folders[-1], name))
         elif len(folders) > 1 + bool(parts):
             rejects.append(reject(name, "expected a file in a class folder, found it deeper"))
-        elif Path(last).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"):
+        elif is_image(last):
             rejects.append(reject(name, "expected an image in a class folder, found it beside them"))
         else:
             others += 1
     if not items:
         found = ", ".join(list(tree.names)[:3]) or "no files"
+        advice = "Unpack it, and name the folder" if tree.archive else "Name the folder"
         raise SourceError(
             f"{tree.path}: expected class folders of images, in train/ and test/ or directly, found {found}. "
-            "Name the folder that holds them."
+            f"{advice} that holds them."
         )
     return items, rejects, others
 
@@ -436,87 +515,203 @@ def common_edge(
 
 # %% ../../nbs/21_data.readers.ipynb #0d307a36
 _FIELD = 16_000_000  # characters of one field; Python's own limit is less than a long article
+_CR, _NUL = "\udc0d", "\udc00"  # what `csv` would stumble over; UTF-8 text has no such character
+_ODD = re.compile("[\udc00-\udcff]")
 
 
-def _lines(
-    stream: Iterable[bytes],  # a file, opened
-    path: Path,  # named in errors
-) -> Iterator[str]:
-    "Lines as text; what is not UTF-8 text is named by where it is."
-    at = 0
-    for number, line in enumerate(stream, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as e:
-            raise SourceError(
-                f"{path}: expected UTF-8, found the byte {line[e.start]:02x} at {at + e.start:,}, in line {number:,}. "
-                "Save the file as UTF-8."
-            ) from e
-        if "\0" in text:
-            raise SourceError(f"{path}: expected text, found a NUL byte in line {number:,}. Fetch it again, as CSV.")
-        at += len(line)
-        yield text
+def _encoding(start: bytes) -> str:
+    "How a table is written, by its first bytes: Excel and pandas mark UTF-16, others leave a NUL in each letter."
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    odd, even = start[1::2], start[::2]
+    if len(start) >= 4 and any(odd) != any(even):
+        return "utf-16-le" if any(even) else "utf-16-be"
+    return "utf-8"
+
+
+def _raw_lines(stream: IO[bytes], path: Path) -> Iterator[str]:
+    "Lines as they are; each byte that is not UTF-8 as a character that is none."
+    first = stream.readline()
+    if (encoding := _encoding(first[:16])) == "utf-8":
+        yield first.decode("utf-8-sig", "surrogateescape")
+        yield from (line.decode("utf-8", "surrogateescape") for line in stream)
+        return
+    stream.seek(0)
+    decoder, rest = codecs.getincrementaldecoder(encoding)(), ""
+    try:
+        for block in chain(iter(lambda: stream.read(1 << 16), b""), [b""]):
+            *lines, rest = (rest + decoder.decode(block, final=not block)).split("\n")
+            yield from (f"{line}\n" for line in lines)
+    except UnicodeDecodeError as e:
+        raise SourceError(f"{path}: expected UTF-16, as it begins, found {e.reason}. Save the file as UTF-8.") from e
+    yield from [rest] if rest else []
+
+
+def _lines(stream: IO[bytes], path: Path) -> Iterator[str]:
+    "Lines of a table; a carriage return inside of one is kept from `csv`, for which it would be an end."
+    old = False
+    for number, line in enumerate(_raw_lines(stream, path)):
+        text = line.replace("\0", _NUL)
+        if number == 0:
+            old = "\r" in text.removesuffix("\n").removesuffix("\r")  # the end of a line on the first Macintosh
+        if old:
+            yield from re.findall(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", text)
+        else:
+            body = text.removesuffix("\n").removesuffix("\r")
+            yield body.replace("\r", _CR) + text[len(body) :]
 
 # %% ../../nbs/21_data.readers.ipynb #2d8442c2
+_limits: list[int] = []  # what the limit was when each of the readers at work came
+_limits_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def _long_fields() -> Iterator[None]:
-    "Let fields be long; the limit is one for the whole process, and is put back."
-    before = csv.field_size_limit(_FIELD)
+    "Let fields be long; the limit is one for all threads of the process, and the last of them puts it back."
+    with _limits_lock:
+        _limits.append(csv.field_size_limit(_FIELD))
     try:
         yield
     finally:
-        csv.field_size_limit(before)
+        with _limits_lock:
+            csv.field_size_limit(_limits.pop())
+
+# %% ../../nbs/21_data.readers.ipynb #f06cd4c5
+def _split(line: str, mark: str, strict: bool = False) -> list[str]:
+    "One line as a row; empty where it is none."
+    with contextlib.suppress(csv.Error):
+        return next(csv.reader([line], delimiter=mark, strict=strict), [])
+    return []
 
 
-def _positions(
-    path: Path,  # named in errors
-    head: list[str],  # the first row
-    columns: Sequence[str],  # those that must be there
-) -> list[int]:  # where they are
-    "Where the expected columns are; each must be there once."
+def _delimiter(line: str) -> str:
+    "What stands between the names in the first row of a table."
+    return max(",;\t|", key=lambda mark: len(_split(line, mark)))
+
+
+def _faulty(lines: list[str], mark: str, fields: int, error: str) -> str:
+    "What is wrong with a row that `csv` refuses; empty where the rows after it are in doubt."
+    if "unexpected end" in error:
+        swallowed = sum(len(_split(line, mark, strict=True)) == fields > 1 for line in lines[1:])
+        if swallowed > len(lines) // 3:
+            return ""
+        found = f"found the end of the file, {len(lines):,} line(s) on"
+        return f"expected a quote at the end of a text, {found}: it may be cut"
+    if len(lines) == 1 and lines[0].count('"') % 2 == 0 and len(_split(lines[0], mark)) == fields:
+        return "expected a comma or the end of the row after a quote, found other text"
+    return ""
+
+# %% ../../nbs/21_data.readers.ipynb #2501827c
+def _doubt(row: int, line: int, error: str) -> str:
+    "Why a table is not read on: what `csv` says, in words, and what to do."
+    if "field limit" in error:
+        return (
+            f"expected fields of at most {_FIELD:,} characters, found a longer one in row {row:,}. "
+            "Perhaps a quote there has no partner: close it, or take the row out."
+        )
+    if "unexpected end" in error:
+        return (
+            f"expected a second quote in row {row:,}, found none up to the end, line {line:,}, "
+            "and whole rows on the way. Close the quote."
+        )
+    return (
+        f"expected a comma or the end of the row after a quote in row {row:,}, found other text in line {line:,}. "
+        "Write a quote inside of a field twice."
+    )
+
+
+def _text(values: list[str]) -> list[str] | str:
+    "Fields as they were, or why they are not text."
+    if odd := next((found[0] for v in values if not v.isascii() and (found := _ODD.search(v.replace(_CR, "")))), ""):
+        what = "a NUL byte" if odd == _NUL else f"the byte {ord(odd) & 0xFF:02x}"
+        return f"expected UTF-8 text, found {what}"
+    return [v.replace(_CR, "\r") for v in values]
+
+# %% ../../nbs/21_data.readers.ipynb #bb86e05c
+def table_rows(
+    path: str | Path,  # a CSV file, packed or not
+    *names: str,  # which member of an archive
+) -> Generator[tuple[int, list[str] | str], None, None]:  # row number, its values or what is wrong; no blank rows
+    "The rows of a table, its head first, of any length; a fault that puts the rows after it in doubt is an error."
+    path, taken = Path(path), list[str]()  # the lines of the row that is read
+    with _long_fields(), opened(path, *names) as stream:
+        lines = (taken.append(line) or line for line in _lines(stream, path))  # type: ignore[func-returns-value]
+        first = next(lines, "")
+        start = first[:512].replace(_CR, "\r").replace(_NUL, "\0").encode("utf-8", "surrogateescape")
+        if kind := kind_of(start):
+            raise SourceError(f"{path}: expected a table, CSV, found {kind}. Fetch the table itself.")
+        reader = csv.reader(chain([first], lines), delimiter=(mark := _delimiter(first[:100_000])), strict=True)
+        fields, end = 0, ""
+        for row in count(1):
+            try:
+                values: list[str] | str = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as e:
+                if not (values := _faulty(taken, mark, fields, str(e)) if fields else ""):
+                    raise SourceError(f"{path}: {_doubt(row, reader.line_num, str(e))}") from e
+            if values and not fields:
+                fields, end = len(values), _CR * values[-1].endswith(_CR)  # lines that end in two carriage returns
+            if isinstance(values, list) and values:
+                values = _text([*values[:-1], values[-1].removesuffix(end)])
+            if values:
+                yield row, values
+            taken.clear()
+
+# %% ../../nbs/21_data.readers.ipynb #43642ff8
+def _column(name: str) -> str:
+    "What is compared of a column's name."
+    return name.strip().casefold()
+
+
+def _positions(path: Path, head: list[str], columns: Sequence[str]) -> list[int]:
+    "Where the expected columns are, whatever the case of their names and the spaces around; each must be there once."
+    names = [_column(name) for name in head]
     for name in columns:
-        if (n := head.count(name)) != 1:
+        if (n := names.count(name.casefold())) != 1:
             found = ", ".join(repr(h) for h in head[:8])
             times = f"{n} times" if n else "not"
             raise SourceError(
                 f"{path}: expected the columns {', '.join(columns)} once each, found {name!r} {times} "
                 f"(columns: {found}).{'' if n else nearest(name, head)} Use the published file, unchanged."
             )
-    return [head.index(name) for name in columns]
+    return [names.index(name.casefold()) for name in columns]
 
-# %% ../../nbs/21_data.readers.ipynb #4dcace1a
+# %% ../../nbs/21_data.readers.ipynb #5098e0e5
+def _head(path: Path, rows: Iterator[tuple[int, list[str] | str]]) -> list[str]:
+    "The first row of a table."
+    head = next(rows, (1, list[str]()))[1]
+    if isinstance(head, str):
+        raise SourceError(f"{path}: row 1: {head}. Use the published file, unchanged.")
+    return head
+
+
 def csv_head(
     path: str | Path,  # a CSV file, packed or not
-    *names: str,  # which member of a zip
-) -> list[str]:  # column names
+    *names: str,  # which member of an archive
+) -> list[str]:  # column names, in small letters and without spaces around
     "The first row of a table."
-    with opened(path, *names) as stream, contextlib.suppress(csv.Error):
-        return next(csv.reader(_lines(stream, Path(path))), [])
-    return []  # `read_csv` says what is wrong
+    return [_column(name) for name in _head(Path(path), table_rows(path, *names))]
 
 
 def read_csv(
     path: str | Path,  # a CSV file, packed or not
     columns: Sequence[str],  # those that are wanted; others may be there and are not read
-    *names: str,  # which member of a zip
+    *names: str,  # which member of an archive; the first names the file in rejects
+    rejects: list[dict[str, Any]] | None = None,  # rows that can't be read are added; None: one is an error
 ) -> Iterator[tuple[int, list[str]]]:  # row number, and the values of these columns
-    "Read a table strictly; anything amiss is an error that names file and row."
-    path, row = Path(path), 1
-    desc = f"reading {path.name}"
-    with _long_fields(), opened(path, *names) as stream, progress(desc=desc, unit="rows") as bar:
-        reader = csv.reader(_lines(stream, path), strict=True)
-        try:
-            head = next(reader, [])
-            wanted = _positions(path, head, columns)
-            for row, values in enumerate(reader, 2):
-                if values and len(values) != len(head):
-                    raise SourceError(
-                        f"{path}: expected {len(head)} fields in row {row:,}, found {len(values)} "
-                        f"(up to line {reader.line_num:,}). Use the published file, unchanged."
-                    )
-                if not row % 1000:
-                    bar.update(1000)
-                if values:
-                    yield row, [values[i] for i in wanted]
-        except csv.Error as e:
-            raise SourceError(f"{path}: expected CSV, found a fault after row {row:,} ({e}). Fetch it again.") from e
+    "Read a table; a row with a fault is listed, or an error that names file and row."
+    path = Path(path)
+    rows = table_rows(path, *names)
+    with contextlib.closing(rows), progress(desc=f"reading {path.name}", unit="rows") as bar:
+        wanted = _positions(path, head := _head(path, rows), columns)
+        for row, values in rows:
+            if isinstance(values, list) and len(values) == len(head):
+                yield row, [values[i] for i in wanted]
+            else:
+                fault = values if isinstance(values, str) else f"expected {len(head)} fields, found {len(values)}"
+                if rejects is None:
+                    raise SourceError(f"{path}: row {row:,}: {fault}. Use the published file, unchanged.")
+                rejects.append(reject(names[0] if names else path.name, fault, row))
+            if not row % 1000:
+                bar.update(1000)

@@ -6,6 +6,7 @@
 __all__ = ['DataError', 'Data', 'open_data', 'build', 'save_samples']
 
 # %% ../../nbs/24_data.store.ipynb #792b5537
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,8 +27,9 @@ import numpy as np
 from ..core import atomic_path, check_space, data_dir, hash_json, nearest, read_json, root, sha256, show_path
 from .cleaning import clean, group_split, pieces
 from .readers import Texts
-from .sources import Source, find, locked, published
+from .sources import Source, SourceError, find, published
 from .tasks import Examples, Task, get_task
+from ..locks import locked
 
 # %% ../../nbs/24_data.store.ipynb #29903dfe
 _FORMAT = 2  # of the manifest and the files beside it
@@ -138,7 +141,7 @@ def _compare(
         if (found := sha256(path / name)) != file["sha256"]:
             raise DataError(
                 f"{show_path(path / name)}: expected sha256 {file['sha256'][:12]}…, found {found[:12]}…: "
-                f"the file was changed. {_again(manifest['task'])} --force"
+                f"it is not what was built. {_again(manifest['task'])} --force"
             )
 
 # %% ../../nbs/24_data.store.ipynb #3296478e
@@ -156,7 +159,12 @@ def _read_manifest(
             f"{show_path(path / 'manifest.json')}: expected the key {min(missing)!r}, found none. "
             f"{_again(task)} --force"
         )
-    if not isinstance(version, int) or version > _FORMAT:
+    if not isinstance(version, int):
+        raise DataError(
+            f"{show_path(path / 'manifest.json')}: expected data of format {_FORMAT}, found no number of a format. "
+            f"{_again(task)} --force"
+        )
+    if version > _FORMAT:
         raise DataError(
             f"{show_path(path)}: expected data of format {_FORMAT} or older, found {version!r}. "
             "It was made by a newer version of this library: update it, or build the data again here."
@@ -300,6 +308,17 @@ def _recover(
             _restore(path)
 
 
+def _move_away(path: Path, old: Path) -> None:
+    "Rename a folder; one that is mounted by itself cannot give way to another."
+    try:
+        path.rename(old)
+    except OSError as e:
+        if e.errno not in (errno.EBUSY, errno.EXDEV):
+            raise
+        where = "mount the folder around it, or set PROJECT_DATA to a folder inside the mounted one"
+        raise DataError(f"{show_path(path)}: it is mounted by itself and cannot be replaced; {where}") from e
+
+
 @contextmanager
 def _replacing(
     path: Path,  # folder to make or replace; its lock is held
@@ -312,7 +331,7 @@ def _replacing(
     try:
         yield new
         if path.exists():
-            path.rename(old)
+            _move_away(path, old)
         new.rename(path)
     finally:
         _restore(path)
@@ -351,9 +370,32 @@ def _write_files(
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as e:
-            text = f"{e.strerror or e}; free some space or choose another folder. Nothing was changed"
+            full = "free some space or " if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+            text = f"{e.strerror or e}; {full}choose another folder. Nothing was changed"
             raise OSError(e.errno, text, show_path(folder / name)) from e
     return {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in contents}
+
+# %% ../../nbs/24_data.store.ipynb #e3512167
+def _hold_out(
+    task: Task, examples: Examples, share: float | int, what: str, together: list[list[int]], free: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    "Rows that stay and rows held out; a set that is too small says how many rows it would take."
+    rows, classes = int(free.sum()), len(np.unique(examples.labels[free]))
+    takes = (
+        n
+        for n in count(2 * classes)
+        if classes <= (share if isinstance(share, int) else round(n * share)) <= n - classes
+    )
+    if rows < (least := next(takes)):
+        part = f"{share:,} rows" if isinstance(share, int) else f"{share:.1%}"
+        raise SourceError(
+            f"{task.name}: expected at least {least:,} training rows, so that the {part} drawn for {what} hold each of "
+            f"{classes} classes, found {rows:,} that are neither blank nor copies. Add examples, or take classes away."
+        )
+    try:
+        return group_split(examples.labels, share, task.seed, together, free, examples.classes)
+    except ValueError as e:
+        raise SourceError(f"{task.name}: rows for {what}: {e}") from e
 
 # %% ../../nbs/24_data.store.ipynb #fcf299e2
 def _make_splits(
@@ -363,11 +405,11 @@ def _make_splits(
 ) -> dict[str, np.ndarray]:  # row numbers
     "Training, validation and test rows, and those of each other origin."
     parts = {name: np.flatnonzero(examples.part == i) for i, name in enumerate(examples.parts)}
-    labels, free, test = examples.labels, examples.part == 0, parts.pop("test", None)
+    free, test = examples.part == 0, parts.pop("test", None)
     if test is None and task.test:
-        test = group_split(labels, task.test, task.seed, together, free)[1]
+        test = _hold_out(task, examples, task.test, "testing", together, free)[1]
         free[test] = False
-    train, val = group_split(labels, task.validation, task.seed, together, free)
+    train, val = _hold_out(task, examples, task.validation, "validation", together, free)
     splits = {"train": train, "val": val} | ({} if test is None else {"test": test})
     splits |= {name: rows for name, rows in parts.items() if name != "train" and (name == "test" or len(rows))}
     if test is not None and not len(test):
@@ -400,10 +442,18 @@ def _manifest(
         "rows": len(examples.labels),
         **kind,
         "counts": _counts(examples, splits),
+        "test_part": _test_part(examples, source),
         "notes": dict(examples.notes),
         "duplicates": report,
         "rejects": list(examples.rejects),
     }
+
+
+def _test_part(examples: Examples, source: Source) -> str:
+    "What accuracy is measured on; an accuracy of one kind says little of another."
+    if "test" not in examples.parts:
+        return "drawn from the training files"
+    return "published test set" if source.published else "test part of the files"
 
 
 def _described(
@@ -418,7 +468,7 @@ def _described(
         "kind": task.kind,
         "licence": task.licence,
         "split": {"method": method, "validation": task.validation, "test": task.test, "seed": task.seed},
-        "cleaning": {"version": 1, "near_test_rows_left_out": task.near},
+        "cleaning": {"version": 2, "near_test_rows_left_out": task.near},
     }
 
 # %% ../../nbs/24_data.store.ipynb #da219062

@@ -6,6 +6,7 @@
 __all__ = ['Reading', 'Examples', 'Task', 'task_names', 'get_task', 'stratified_split']
 
 # %% ../../nbs/22_data.tasks.ipynb #d3317ed7
+import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from ..core import nearest
 from project.data.readers import (
     Item,
     Texts,
     Tree,
+    beside,
     check_rejects,
     class_folders,
     common_edge,
@@ -30,7 +33,8 @@ from project.data.readers import (
     read_csv,
     reject,
 )
-from .sources import Source, SourceError, published, read_idx
+from .sources import Source, SourceError, is_image, published, read_idx
+from ..publishers import clean_text
 
 # %% ../../nbs/22_data.tasks.ipynb #c9ebe13b
 @dataclass(frozen=True)
@@ -142,7 +146,9 @@ class _Found:
         before = f"{name}/" if name else ""
         self.items |= {before + item.name: (tree, item) for item in items}
         self.rejects += [{**r, "file": before + r["file"]} for r in rejects]
-        self.notes.update({"hidden files": tree.ignored, "other files": others})
+        self.notes.update(
+            {"hidden files": tree.ignored, "other files": others, "files of the same set again": tree.copies}
+        )
 
     def read(self, name: str) -> bytes:
         "The bytes of an image."
@@ -178,8 +184,10 @@ def _read_images(
     items = [found.items[names[i]][1] for i in kept]
     rejects = found.rejects + damaged
     check_rejects(rejects, len(items) + len(rejects), where)
-    classes = tuple(sorted({label_of(item.label) for item in items if item.part == "train"}))
-    labels = [_position(item, label_of(item.label), classes, outside, where) for item in items]
+    spelt: dict[str, str] = {}  # a folder may be pug in train and Pug in test
+    names_of = [spelt.setdefault(label.casefold(), label) for label in (label_of(item.label) for item in items)]
+    classes = tuple(sorted({label for label, item in zip(names_of, items, strict=True) if item.part == "train"}))
+    labels = [_position(item, label, classes, outside, where) for label, item in zip(names_of, items, strict=True)]
     parts = tuple(dict.fromkeys(["train", *(item.part for item in items)]))
     part = np.array([parts.index(item.part) for item in items], np.int64)
     notes = {name: n for name, n in sorted(found.notes.items()) if n}
@@ -206,29 +214,74 @@ def _position(
     )
 
 # %% ../../nbs/22_data.tasks.ipynb #a648d411
+_EMOTIONS = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")  # as FER-2013 numbers them
+_USAGES = {"training": "train", "publictest": "test", "privatetest": "test"}
+_EDGE = 48
+
+
+def _pixels(emotion: str, pixels: str, usage: str) -> tuple[Item, bytes] | str:
+    "A row of FER-2013's table as an image file and what is said of it, or what is wrong with it."
+    if emotion.strip() not in map(str, range(len(_EMOTIONS))):
+        return f"expected an emotion from 0 to {len(_EMOTIONS) - 1}, found {emotion!r:.40}"
+    if usage.strip().casefold() not in _USAGES:
+        return f"expected Training, PublicTest or PrivateTest, found {usage!r:.40}"
+    try:
+        values = bytes(map(int, pixels.split()))
+    except ValueError:
+        values = b""
+    if len(values) != _EDGE**2:
+        return f"expected {_EDGE**2:,} numbers from 0 to 255, found {len(values) or 'others'}"
+    Image.frombytes("L", (_EDGE, _EDGE), values).save(file := io.BytesIO(), "BMP")
+    return Item(_USAGES[usage.strip().casefold()], _EMOTIONS[int(emotion)], ""), file.getvalue()
+
+# %% ../../nbs/22_data.tasks.ipynb #31f18845
+def _pixel_rows(
+    tree: Tree,  # fer2013.csv or icml_face_data.csv; the images of its rows are added
+) -> Reading:  # images in the order of the table
+    "Images that are numbers in a table."
+    name = tree.table("fer2013.csv", "icml_face_data.csv")
+    short, others = name.removesuffix(".gz"), len(tree.names) - 1
+    items, (rejects, around) = [], beside(tree)
+    for row, values in _table(tree, name, ("emotion", "pixels", "Usage"), rejects):
+        if isinstance(found := _pixels(*values), str):
+            rejects.append(reject(short, found, row))
+        else:
+            item, content = found
+            items.append(replace(item, name=f"{short}:{row}"))
+            tree.names[items[-1].name] = content
+    return items, rejects, others + around
+
+
 def _read_faces(
-    source: Source,  # class folders, or a zip of them
+    source: Source,  # class folders, FER-2013's table, or an archive of either
 ) -> Examples:  # grey
     "Read FER-2013, Human Face Emotions, or another set of faces in class folders."
-    return _read_images(source, class_folders, 1, (48, 64), str.lower)
+
+    def items_of(tree: Tree) -> Reading:
+        table = tree.table("fer2013.csv", "icml_face_data.csv")
+        return _pixel_rows(tree) if table and not any(map(is_image, tree.names)) else class_folders(tree)
+
+    return _read_images(source, items_of, 1, (_EDGE, 64), str.lower)
 
 # %% ../../nbs/22_data.tasks.ipynb #13a621bb
 def _table(
-    tree: Tree,  # holds the table
-    name: str,  # of the table, at the top
-    columns: tuple[str, ...],  # to read
-) -> Iterator[tuple[int, list[str]]]:  # row number, values
-    "A table that lies among the images."
-    return read_csv(tree.path if tree.archive else tree.path / tree.names[name], columns, name)
+    tree: Tree, name: str, columns: tuple[str, ...], rejects: list[dict[str, Any]]
+) -> Iterator[tuple[int, list[str]]]:
+    "Rows of a table that lies among the images; those that can't be read are added to `rejects`."
+    member = str(getattr(tree.names[name], "filename", None) or getattr(tree.names[name], "name", name))
+    path = tree.path if tree.archive else tree.path / tree.names[name]
+    return read_csv(path, columns, name.removesuffix(".gz"), member, rejects=rejects)
 
 
 def _labelled_files(
     tree: Tree,  # labels.csv, and images/<id>.jpg or train/<id>.jpg
 ) -> Reading:  # images in the order of the table
     "Images whose labels are in a table."
-    files = {name.rpartition(".")[0].rpartition("/")[2]: name for name in tree.names if name.count("/") == 1}
-    items, seen, rejects = [], dict[str, int](), list(tree.rejects)
-    for row, (key, breed) in _table(tree, "labels.csv", ("id", "breed")):
+    inside = [name for name in tree.names if name.count("/") == 1 and is_image(name)]
+    files = {name.rpartition(".")[0].rpartition("/")[2]: name for name in inside}
+    items, seen = [], dict[str, int]()
+    rejects, others = beside(tree)
+    for row, (key, breed) in _table(tree, tree.table("labels.csv"), ("id", "breed"), rejects):
         if key in seen:
             found = f"{key!r} in rows {seen[key]:,} and {row:,}"
             raise SourceError(f"{tree.path}: labels.csv: expected each id once, found {found}. Remove one.")
@@ -238,7 +291,7 @@ def _labelled_files(
             rejects.append(reject("labels.csv", f"expected an image and its breed, found {wrong}", row))
         else:
             items.append(Item("train", breed.strip(), files[key]))
-    return items, rejects, len(tree.names) - 1 - len(items)
+    return items, rejects, others + len(tree.names) - 1 - len(items)
 
 # %% ../../nbs/22_data.tasks.ipynb #14e004fc
 def _breed_folders(
@@ -246,14 +299,15 @@ def _breed_folders(
 ) -> Reading:  # images
     "Images in class folders, compared with the table beside them."
     items, rejects, others = class_folders(tree)
-    if "dogs.csv" not in tree.names:
+    if not (table := tree.table("dogs.csv")):
         return items, rejects, others
-    found, wrong = {item.name: item for item in items}, set()
-    for row, (name, breed) in _table(tree, "dogs.csv", ("filepaths", "labels")):
-        if name.replace("\\", "/") not in found:
+    found, wrong = {item.name.casefold(): item for item in items}, set()
+    for row, (name, breed) in _table(tree, table, ("filepaths", "labels"), rejects):
+        item = found.get(name.replace("\\", "/").casefold())
+        if not item:
             rejects.append(reject("dogs.csv", f"expected an image, found no {name!r}", row))
-        elif found[name.replace("\\", "/")].label != breed:
-            wrong.add(name.replace("\\", "/"))
+        elif item.label.casefold() != breed.strip().casefold():
+            wrong.add(item.name)
             rejects.append(reject("dogs.csv", f"expected the name of its folder, found {breed!r}", row))
     return [item for item in items if item.name not in wrong], rejects, others - 1
 
@@ -264,35 +318,11 @@ def _read_dogs(
     "Read photos of dogs."
     return _read_images(
         source,
-        lambda tree: _labelled_files(tree) if "labels.csv" in tree.names else _breed_folders(tree),
+        lambda tree: _labelled_files(tree) if tree.table("labels.csv") else _breed_folders(tree),
         3,
         (256,),
         outside=True,
     )
-
-# %% ../../nbs/22_data.tasks.ipynb #c75c87c4
-_DATELINE = re.compile(
-    r"The following statements.{0,600}?or confirmed their accuracy\.\s+|"  # Reuters, before a list of tweets
-    r"(?:(?:\(.{0,400}?\)+\s*)?(?:By .{0,150}? )?[^()\n]{0,80}?\(Reuters[^()]{0,20}\)"  # a correction, who, where
-    r"|[A-Z][A-Z .,/’'-]{2,60}(?:, [A-Z][a-z]+\.?)? ?\([^()]{0,20}\))"  # other agencies: a place in capitals
-    r"\s*[-–—]+\s+",
-    re.S,
-)
-_AGENCY = re.compile(r"\s*\(Reuters[^()]{0,20}\)")
-
-
-def _clean(
-    text: str,  # an article or a headline
-    notes: Counter[str],  # counts what was changed; changed
-    article: bool = True,  # whether it may begin with a dateline
-) -> str:  # without what gives its publisher away
-    "Take away outer spaces, the dateline of an agency, and its name in brackets."
-    bare = text.strip()
-    told = _DATELINE.sub("", bare, count=1) if article and _DATELINE.match(bare) else bare
-    rest = _AGENCY.sub("", told).strip()
-    steps = {"outer spaces removed": (text, bare), "datelines removed": (bare, told), "(Reuters) removed": (told, rest)}
-    notes.update(name for name, (before, after) in steps.items() if before != after)
-    return rest
 
 # %% ../../nbs/22_data.tasks.ipynb #e01168f1
 _NEWS_CLASSES = ("fake", "real")
@@ -312,7 +342,7 @@ class _Rows:
 
     def add(self, file: str, row: int, values: list[str], label: int, part: str = "train") -> None:
         "Clean a row and keep it, or list it."
-        values = [_clean(value, self.notes, article=i == 1) for i, value in enumerate(values)]
+        values = [clean_text(value, self.notes) for value in values]
         if not values[self.needed]:
             self.rejects.append(reject(file, "an empty text", row))
             return
@@ -341,7 +371,7 @@ def _add_other(
     file = "ood_articles.csv"
     path = source.files.get(file)
     columns = ("dataset", "label", "title", "text")
-    for row, (dataset, label, *values) in read_csv(path, columns, file) if path else ():
+    for row, (dataset, label, *values) in read_csv(path, columns, file, rejects=rows.rejects) if path else ():
         if label not in (*_NEWS_CLASSES, "satire"):
             raise SourceError(f"{path}: expected a label fake, real or satire, found {label!r:.80} in row {row}.")
         if not re.fullmatch(r"[\w -]{1,60}", dataset, re.A):
@@ -357,7 +387,7 @@ def _read_news(
     "Read ISOT's articles."
     rows = _Rows(needed=1)
     for label, file in enumerate(("Fake.csv", "True.csv")):
-        for row, values in read_csv(source.files[file], ("title", "text"), file):
+        for row, values in read_csv(source.files[file], ("title", "text"), file, rejects=rows.rejects):
             rows.add(file, row, values, label)
     _add_other(rows, source, title_only=False)
     return rows.examples(("title", "text"), source.files["Fake.csv"].parent)
@@ -370,7 +400,7 @@ def _read_titles(
     path, names, rows = source.files["titles.csv"], published("fake_titles").needed[0].names, _Rows(needed=0)
     welfake = "title" in csv_head(path, *names)
     positions = {"1": 0, "0": 1} if welfake else {"0": 0, "1": 1}
-    for row, (title, label) in read_csv(path, ("title" if welfake else "text", "label"), *names):
+    for row, (title, label) in read_csv(path, ("title" if welfake else "text", "label"), *names, rejects=rows.rejects):
         if label not in positions:
             raise SourceError(f"{path}: expected a label 0 or 1, found {label!r:.80} in row {row}. Correct it.")
         rows.add("titles.csv", row, [title], positions[label])

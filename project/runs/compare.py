@@ -25,10 +25,10 @@ from pathlib import Path
 from textwrap import fill, indent
 from typing import Any
 
-from ..core import _duration, read_json, sha256, show_path
-from .contract import notebook_contract
+from ..core import _duration, human_bytes, read_json, sha256, show_path
+from .contract import notebook_contract, value_key
 from .receipt import Verdict, _cells, _first_line, _read_notebook, _text, code_hashes, verify
-from .record import _read_metrics, list_runs
+from .record import _is_ahead, _read_metrics, list_runs
 
 # %% ../../nbs/18_runs.compare.ipynb #5dd68fd5
 def _say(
@@ -51,20 +51,6 @@ def _columns(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
-# %% ../../nbs/18_runs.compare.ipynb #8e23a3ea
-@contextlib.contextmanager
-def _environ(**values: str) -> Iterator[None]:
-    "Set environment variables for a while."
-    before = {k: os.environ.get(k) for k in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
 # %% ../../nbs/18_runs.compare.ipynb #0e5a240d
 def _verdict(
     record: Mapping[str, Any],  # of a run, with its folder as "path"
@@ -73,8 +59,7 @@ def _verdict(
     folder = Path(record["path"])
     if not (folder / "notebook.ipynb").is_file():
         return None
-    with _environ(PROJECT_RUNS=str(folder.parent.absolute())):
-        return verify(folder)
+    return verify(folder, folder.parent.absolute())
 
 
 def _receipt_line(record: Mapping[str, Any]) -> str:
@@ -84,7 +69,7 @@ def _receipt_line(record: Mapping[str, Any]) -> str:
     except (ValueError, OSError) as e:
         return f"none ({e})"
     if found is None:
-        return "none: the run was not executed by papermill, or did not get to its end"
+        return "none: no executed notebook in its folder"
     return f"{found.state}{': ' if found.reasons else ''}{'; '.join(found.reasons)}"
 
 # %% ../../nbs/18_runs.compare.ipynb #4b253666
@@ -97,7 +82,8 @@ def _commit(record: Mapping[str, Any]) -> str:
 def _flat_environment(record: Mapping[str, Any]) -> dict[str, Any]:
     "Machine and packages by name."
     found = dict(record.get("environment") or {})
-    return {k: v for k, v in found.items() if k != "packages"} | dict(found.get("packages") or {})
+    own = {k: human_bytes(v) if k.startswith("gpu_memory") else v for k, v in found.items() if k != "packages"}
+    return own | dict(found.get("packages") or {})
 
 # %% ../../nbs/18_runs.compare.ipynb #7fb7e134
 def _sittings(record: Mapping[str, Any]) -> str:
@@ -106,7 +92,10 @@ def _sittings(record: Mapping[str, Any]) -> str:
     took = "" if record.get("seconds") is None else f" took {_duration(record['seconds'])}"
     if len(sat) < 2:
         return ",".join(filter(None, [record.get("started", "-"), took]))
-    said = [s["started"] + (f" (after {s['from']})" if s.get("from") else "") for s in sat]
+    said = [
+        s["started"] + (f" (after {s['from']})" if s.get("from") else "") + " on another machine" * ("environment" in s)
+        for s in sat
+    ]
     return f"{len(sat)} sittings: {'; '.join(said)}; the last{took}"
 
 # %% ../../nbs/18_runs.compare.ipynb #7aebea31
@@ -120,7 +109,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
         "task": record.get("task") or "-",
         "notebook": record.get("notebook") or "-",
         "commit": (_commit(record) or "-") + (f" on {branch}" if branch else ""),
-        "when": _sittings(record),
+        "when": _sittings(record) + ", a date after this machine's clock" * _is_ahead(record),
         "receipt": _receipt_line(record),
         "files": f"{show_path(folder)}: {', '.join(names)}",
     }
@@ -431,7 +420,8 @@ def _same_code(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     "Whether two runs had the same code: by their receipts, else by a commit without changes."
     x, y = a.get("receipt"), b.get("receipt")
     if x and y:
-        return all(x.get(k) == y.get(k) for k in ("code_cells", "modules"))
+        unsure = x.get("changed") or y.get("changed")  # modules that were edited while a notebook ran
+        return not unsure and all(x.get(k) == y.get(k) for k in ("code_cells", "modules"))
     p, q = a.get("code") or {}, b.get("code") or {}
     return bool(p.get("commit")) and p["commit"] == q.get("commit") and p.get("dirty") is q.get("dirty") is False
 
@@ -528,7 +518,7 @@ def _differing(
     "The names whose values are not the same in all runs."
     names = dict.fromkeys(k for c in columns for k in c)
     rows = {name: [c.get(name) for c in columns] for name in names}
-    return {name: row for name, row in rows.items() if len({json.dumps(v, sort_keys=True) for v in row}) > 1}
+    return {name: row for name, row in rows.items() if len({value_key(v) for v in row}) > 1}
 
 
 def _given(
@@ -941,9 +931,11 @@ def _earlier_runs(
 ) -> Iterator[None]:
     "Links to the runs that were there before a run."
     links = []
-    for folder in sorted(Path(record["path"]).parent.absolute().glob("*/")):
-        link = runs / folder.name
-        if folder.name < record["id"] and (folder / "run.json").is_file() and not link.exists():
+    for earlier in list_runs(Path(record["path"]).parent.absolute()):
+        if earlier["id"] == record["id"]:
+            break
+        link, folder = runs / earlier["path"].name, earlier["path"]
+        if not link.exists():
             with contextlib.suppress(OSError):  # Windows asks for a right that most do not have
                 link.symlink_to(folder, target_is_directory=True)
                 links.append(link)
@@ -969,9 +961,10 @@ def _execute_again(
     source, target, problem = work / name, work / f"again-{name}", ""
     source.write_text(json.dumps(_unrun(nb)), encoding="utf-8")
     runs.mkdir(parents=True, exist_ok=True)
-    with _environ(PROJECT_RUNS=str(runs), WANDB_MODE="disabled"), _earlier_runs(record, runs):
+    env = {"PROJECT_RUNS": str(runs), "WANDB_MODE": "disabled"}
+    with _earlier_runs(record, runs):
         try:
-            papermill.execute_notebook(str(source), str(target), _values(nb), progress_bar=progress)
+            papermill.execute_notebook(str(source), str(target), _values(nb), progress_bar=progress, env=env)
         except papermill.PapermillExecutionError as e:
             problem = f"cell failed with {e.ename}: {e.evalue}"
         except (DeadKernelError, CellTimeoutError) as e:

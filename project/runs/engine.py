@@ -11,25 +11,23 @@ import errno
 import importlib
 import json
 import os
-import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..core import environment, git_state, read_json, root, write_json
+from ..core import _is_root, environment, git_state, read_json, root, write_json
+from .imports import imported, is_ours
 
 # %% ../../nbs/14_runs.engine.ipynb #61212488
-_IMPORTS = re.compile(r"^[ \t]*(?:from|import)[ \t]+project(?:\.|[ \t]|$)", re.MULTILINE)
-
-
 def uses_project(
     nb: Any,  # a notebook node, or its JSON
-) -> bool:  # whether any code cell imports `project`
+) -> bool:  # whether any code cell imports this package
     "Whether a notebook is one of ours; every other is executed exactly as papermill would."
-    return any(c["cell_type"] == "code" and _IMPORTS.search("".join(c["source"])) for c in nb["cells"])
+    code = ("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code")
+    return is_ours({name for source in code for name in imported(source)})
 
 # %% ../../nbs/14_runs.engine.ipynb #5db00cb2
 def apply_contract(
@@ -41,14 +39,23 @@ def apply_contract(
 
     from project.runs.contract import check, notebook_contract
 
-    given = nb.metadata.get("papermill", {}).get("parameters", {})
+    cell = next((c for c in nb.cells if "injected-parameters" in c.metadata.get("tags", [])), None)
+    given = nb.metadata.get("papermill", {}).get("parameters", {}) if cell else {}
     contract = notebook_contract(nb, notebook)
-    good = check(contract, given)
-    if good and repr(good) != repr(dict(given)):
-        cell = next(c for c in nb.cells if "injected-parameters" in c.metadata.get("tags", []))
+    good = check(contract, given, typed=_typed())
+    if cell and good:  # papermill has written a tuple, or a NumPy number, as its text
         cell.source = PythonTranslator.codify(good, "Parameters")
         nb.metadata.papermill["parameters"] = good
     return contract.defaults | good
+
+
+def _typed() -> dict[str, str]:
+    "The texts of papermill's `-p`, as they were typed: `94` is a number for papermill, and may be meant as a name."
+    import click
+
+    command = click.get_current_context(silent=True)
+    params = command.params if command else {}
+    return dict(params.get("parameters") or ()) if "parameters_raw" in params else {}
 
 # %% ../../nbs/14_runs.engine.ipynb #5444138e
 _NOTE = "PROJECT_PAPERMILL_NOTE"
@@ -57,28 +64,23 @@ _NOTE = "PROJECT_PAPERMILL_NOTE"
 def leave_note(
     run: str | Path,  # the run's folder
     then: str = "",  # "module:function", called with the run's folder when the executed notebook is there
+    modules: Mapping[str, str] | None = None,  # hashes of those of ours that the kernel has imported
 ) -> bool:  # whether an engine will read it
     "In the kernel: tell the engine which record to close, and what to do then."
     if not (note := os.environ.get(_NOTE)) or not Path(note).exists():
         return False
     with Path(note).open("a", encoding="utf-8") as f:
-        f.write(json.dumps({"run": str(Path(run).absolute()), "then": then}) + "\n")
+        f.write(json.dumps({"run": str(Path(run).absolute()), "then": then, "modules": modules or {}}) + "\n")
     return True
 
 # %% ../../nbs/14_runs.engine.ipynb #ed8a16db
 @contextlib.contextmanager
 def _note() -> Iterator[Path]:  # the note's path
-    "In papermill: an empty note, and the variable that names it while the kernel is started."
+    "In papermill: an empty note."
     with tempfile.TemporaryDirectory(prefix="project-") as folder:
-        path, was = Path(folder) / "note.jsonl", os.environ.get(_NOTE)
+        path = Path(folder) / "note.jsonl"
         path.touch()
-        os.environ[_NOTE] = str(path)
-        try:
-            yield path
-        finally:
-            os.environ.pop(_NOTE)
-            if was is not None:
-                os.environ[_NOTE] = was
+        yield path
 
 
 def _read_note(
@@ -114,8 +116,10 @@ def _close_record(
     "Write into a run's record how its notebook ended."
     try:
         record = read_json(run / "run.json")
-    except (OSError, ValueError):
-        return f"the record of {run.name} was deleted or damaged while it ran"
+    except FileNotFoundError:
+        return f"the record of {run.name} was deleted while it ran, or moved"
+    except (OSError, ValueError) as e:
+        return f"the record of {run.name} cannot be read ({getattr(e, 'strerror', None) or 'it is damaged'})"
     if status == "finished" and record.get("status") == "running":
         status, reason = "failed", "the notebook never finished its run"
     if status == "finished":
@@ -161,13 +165,29 @@ def _facts(
     return {"notebook": notebook, "commit": git_state(), "environment": environment()}
 
 
+def _modules(client: Any, note: Path) -> dict[str, Any]:
+    "For the receipt: which modules the kernel ran, and of which it is not known in which version."
+    if (found := client.imported).modules is None:
+        return {}
+    held: dict[str, str] = {}  # what was imported before the edit stays what it was
+    for line in note.read_text(encoding="utf-8").splitlines():
+        held = json.loads(line).get("modules", {}) | held
+    return {"modules": found.modules, "changed": [n for n in found.changed if held.get(n) != found.modules[n]]}
+
+
 def _place(
     path: str | None,  # as papermill was given it
 ) -> str:  # in the repository, or only its name: no path of one machine
-    "How a receipt names a notebook."
+    "How a receipt names a notebook; one of another checkout is refused."
     if not path or "://" in path:
         return path or ""
     full = Path(path).resolve()
+    theirs = next((p for p in full.parents if _is_root(p)), root())
+    if theirs.resolve() != root().resolve() and _is_root(root()):
+        from project.runs.receipt import OtherCode
+
+        found = f"{full.name} lies in the checkout {theirs}, and this command works on {root()}, whose commit"
+        raise OtherCode(f"{found} a run would name. Change to {theirs} first.")
     return full.relative_to(root()).as_posix() if full.is_relative_to(root()) else full.name
 
 
@@ -184,6 +204,7 @@ def _execute(
     input_path: str | None,
     manager: Any,  # of the notebook
     note: Path,  # for the kernel
+    env: Mapping[str, str],  # the kernel's environment, beside this process's
     client_options: dict[str, Any],
 ) -> Any:  # the executed notebook
     "Execute a notebook, and close everything however it ends."
@@ -195,15 +216,21 @@ def _execute(
         facts: Future[dict[str, Any]] = pool.submit(_facts, _place(input_path))
         try:
             manager.notebook_start()
-            client.execute()
+            client.execute(env={**os.environ, **env, _NOTE: str(note)})
         except BaseException as e:
             caught()
             error = e
+            manager.broken = True
             raise
         finally:
             manager.notebook_complete()
             try:
-                _close(manager, _read_note(note), *explain(error, manager.nb, client), facts.result())
+                _close(
+                    manager,
+                    _read_note(note),
+                    *explain(error, manager.nb, client),
+                    facts.result() | _modules(client, note),
+                )
             except OSError as e:  # a full disk, say; what broke the notebook off matters more
                 if error is None:
                     raise
@@ -216,12 +243,12 @@ class ProjectEngine:
 
     @classmethod
     def execute_notebook(cls, nb: Any, kernel_name: str, **kwargs: Any) -> Any:
-        "Execute `nb`; the arguments are those of `papermill.engines.Engine.execute_notebook`."
+        "Execute `nb`; arguments as papermill gives them, and `env`: variables for the kernel beside this process's."
         from papermill.engines import NBClientEngine
 
         if not uses_project(nb):
             return NBClientEngine.execute_notebook(nb, kernel_name, **kwargs)
-        input_path = kwargs.pop("input_path", None)
+        input_path, env = kwargs.pop("input_path", None), kwargs.pop("env", {})
         values = apply_contract(nb, _place(input_path))
         from project.runs.client import Manager
 
@@ -229,7 +256,7 @@ class ProjectEngine:
         manager = Manager(nb, _hidden(values), **{k: kwargs.pop(k) for k in own if k in kwargs})
         with _note() as note:
             options = _client_options(log_output=manager.log_output, **kwargs)
-            return _execute(nb, kernel_name, input_path, manager, note, options)
+            return _execute(nb, kernel_name, input_path, manager, note, env, options)
 
     @classmethod
     def nb_kernel_name(cls, nb: Any, name: str | None = None) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..core import read_json, root, write_json
 from ..figures import Table
-from ..metrics import spread
-from .contract import load_contract
+from ..metrics import spread, wilson_interval
+from .contract import load_contract, say_value
 
 # %% ../../nbs/19_runs.results.ipynb #b365d608
 _ASIDE = {"task", "source", "recipe", "seed", "resume", "wandb", "profile"}
@@ -54,7 +54,9 @@ def _name(
     record: Mapping[str, Any],  # of a run
 ) -> str:  # "fast", "fast lr=0.1"
     "The recipe of a run, with what was replaced in it."
-    return " ".join([str(record["parameters"].get("recipe") or "-"), *(f"{k}={v}" for k, v in _own(record).items())])
+    return " ".join(
+        [str(record["parameters"].get("recipe") or "-"), *(f"{k}={say_value(v)}" for k, v in _own(record).items())]
+    )
 
 # %% ../../nbs/19_runs.results.ipynb #a0eef434
 def _middle(
@@ -110,7 +112,7 @@ def _row(
         "seconds": _middle(runs, "train/seconds"),
         "parameters": _middle(runs, "model/parameters"),
         "per_second": _middle(runs, "train/images_per_s", "train/texts_per_s"),
-        "test_n": _middle(runs, "test/n"),
+        **_sample(runs),
         "runs": [r["id"] for r in runs],
         "short": [_short(r["id"], ids) for r in runs],
         "seeds": [r["parameters"].get("seed") for r in runs],
@@ -123,10 +125,24 @@ def _row(
     }
 
 
+def _interval(mean: float, n: float | None) -> tuple[float, float] | None:
+    "What another sample of as many rows may give; each seed saw the same rows, so that more seeds make it no narrower."
+    return wilson_interval(mean * int(n), int(n)) if n else None
+
+
+def _sample(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    "The rows that accuracy is of: how many, what they are, and the 95 % interval that so many leave."
+    last = records[-1].get("data") or {}
+    n = _middle(records, "test/n") or (last.get("splits") or {}).get("test")
+    low, high = _interval(statistics.fmean(r["metrics"]["test/acc"] for r in records), n) or (None, None)
+    return {"test_n": n, "test_low": low, "test_high": high, "test_part": last.get("test_part")}
+
+
 def _machine(record: Mapping[str, Any]) -> str:
-    "The processor, and how many cores of it."
+    "The GPU that was trained on, if any; the processor, and how many cores of it."
     found = record.get("environment") or {}
-    return f"{found.get('cpu', 'unknown')}, {found.get('cores', '?')} cores"
+    gpu = f"{found['gpu']}, " if found.get("gpu") else ""
+    return f"{gpu}{found.get('cpu', 'unknown')}, {found.get('cores', '?')} cores"
 
 # %% ../../nbs/19_runs.results.ipynb #737be82d
 def collect_results(
@@ -155,6 +171,18 @@ def _percent(
     return f"{100 * found['mean']:.2f}{width} ({found['n']})"
 
 
+def _between(row: Mapping[str, Any]) -> str:
+    "Wilson's interval in percent; a file from before it was written has what it is made of."
+    found = _interval(row["test_acc"]["mean"], row.get("test_n"))
+    return f"{100 * found[0]:.1f} to {100 * found[1]:.1f}" if found else ""
+
+
+def _tested(row: Mapping[str, Any]) -> str:
+    "How many rows, and what they are; as far as it was recorded."
+    n = f"{row['test_n']:,.0f}" if row.get("test_n") else "unknown"
+    return f"{n}, {row['test_part']}" if row.get("test_part") else n
+
+
 def result_texts(
     rows: Iterable[Mapping[str, Any]],  # from `collect_results`, or read from the file
 ) -> list[dict[str, str]]:  # a row a task and recipe, texts
@@ -164,6 +192,8 @@ def result_texts(
             "task": row["task"],
             "recipe": row["recipe"],
             "test accuracy, %": _percent(row["test_acc"]),
+            "95 % interval": _between(row),
+            "of": _tested(row),
             "other origin, balanced %": _percent(row["ood_balanced_acc"]),
             "training, s": f"{row['seconds']:,.0f}" if row["seconds"] >= 10 else f"{row['seconds']:.1f}",
             "parameters": "" if row["parameters"] is None else f"{row['parameters']:,.0f}",

@@ -1491,3 +1491,7 @@ def serve(
         timeout_keep_alive=30,
         timeout_graceful_shutdown=8,
     )
+
+# %% ../../nbs/68_serve.api.ipynb #d0759455
+if __name__ == "__main__" and "__file__" in globals():
+    raise SystemExit("project.serve.api is a library; `project serve` or `uvicorn project.serve.api:app` starts it")

@@ -18,8 +18,7 @@ from typing import Any, Protocol, TextIO
 from urllib.parse import quote, urlsplit
 
 from ..core import atomic_path, human_bytes, nearest, progress
-from ..data.readers import MAX_BYTES, _lines, _long_fields
-from ..data.sources import opened
+from ..data.readers import MAX_BYTES, table_rows
 
 # %% ../../nbs/63_serve.client.ipynb #5edae140
 class ClientError(ValueError):
@@ -61,13 +60,10 @@ def _table(
     path: Path,  # a CSV file, packed or not
 ) -> Iterator[tuple[int, list[str]]]:  # row number and values, the head first, blank lines left out
     "The rows of a table, as they are."
-    with _long_fields(), opened(path) as stream:
-        try:
-            for row, values in enumerate(csv.reader(_lines(stream, path), strict=True), 1):
-                if values or row == 1:
-                    yield row, values
-        except csv.Error as e:
-            raise ClientError(f"{path.name}: expected CSV, found a fault ({e}). Save it again as CSV.") from e
+    for row, values in table_rows(path):
+        if isinstance(values, str):
+            raise ClientError(f"{path.name}: row {row:,}: {values}. Save it again as CSV.")
+        yield row, values
 
 
 def _check_head(

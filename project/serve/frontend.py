@@ -252,7 +252,7 @@ def _shown(
         said = answer_html(answer, model, took)
     except (AttributeError, TypeError, ValueError) as e:
         raise ClientError(_STRANGE) from e
-    label = {"choices": list(chances), "value": answer.get("label", answer["class"])}
+    label = {"choices": list(chances), "value": None}  # a careless click must not confirm the model's own answer
     view: View = {"said": {"value": said}, "bars": {"value": chances, "visible": True}, "label": label}
     return _cleared() | view | {"correction": {"visible": True}, "id": {"value": answer["id"]}}
 
@@ -432,7 +432,9 @@ _CSS = """
 #said td{padding:.15rem .5rem;overflow-wrap:anywhere}
 #said td:last-child{white-space:nowrap}
 #gallery .grid-wrap{min-height:0!important;padding-top:1.75rem}
-#gallery .thumbnail-item{aspect-ratio:1;height:auto!important}
+#gallery .thumbnail-item{aspect-ratio:auto;height:auto!important;display:grid}
+#gallery .thumbnail-item img{aspect-ratio:1}
+#gallery .caption-label{position:static;max-width:100%;margin:0;border:0;border-radius:0;text-align:center}
 #gallery .grid-container{grid-template-columns:repeat(auto-fill,minmax(72px,1fr))!important}
 .trouble{border-left:4px solid #c0392b;padding:.5rem .75rem}
 .said{font-size:1.5rem;margin:0 0 .25rem}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..core import read_json, write_json
-from ..runs.receipt import is_alive, process_mark
+from ..locks import Lock, is_alive, locked, process_mark
 
 # %% ../../nbs/65_serve.metrics.ipynb #e0cc5758
 _log = logging.getLogger(__name__)
@@ -85,21 +85,6 @@ def _reserve(
         file.write(bytes(size))
         file.flush()
 
-
-def _lock(
-    file: IO[bytes],  # an open file
-) -> bool:  # whether nobody else has it
-    "Lock a file without waiting, where the system knows how."
-    try:
-        import fcntl
-    except ImportError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
 # %% ../../nbs/65_serve.metrics.ipynb #8944747e
 _REMEMBERED = 20_000  # label values as callers write them
 
@@ -117,27 +102,35 @@ def _other(
     "The labels of what is not told apart."
     return ("other",) * len(family.labels)
 
+# %% ../../nbs/65_serve.metrics.ipynb #c5008e8d
+def _numbers_file(path: Path) -> tuple[Lock, IO[bytes], mmap.mmap]:
+    "Make a worker's file, under another name until it is whole, and hold the lock beside it."
+    new, lock = path.with_suffix(".new"), Lock(path.with_suffix(".held"))
+    try:
+        lock.take()
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(new.open("x+b"))
+            _reserve(file, _NAMES + _NUMBERS)
+            memory = mmap.mmap(file.fileno(), _NAMES + _NUMBERS)
+            new.rename(path)
+            opened.pop_all()
+        return lock, file, memory
+    except OSError:
+        lock.release()
+        for left in (new, lock.path):
+            left.unlink(missing_ok=True)
+        raise
+
 # %% ../../nbs/65_serve.metrics.ipynb #f37dde23
 class _Numbers:
     "The series of one process: in memory, or in a file that the other workers read."
 
     def __init__(self, path: Path | None = None):
         self.file: IO[bytes] | None = None
+        self.lock: Lock | None = None
         self.memory: Any = bytearray(_NAMES + _NUMBERS)
         if path:
-            # under another name until it is locked: nobody may take it for a dead worker's
-            new = path.with_suffix(".new")
-            try:
-                self.file = new.open("x+b")
-                _reserve(self.file, _NAMES + _NUMBERS)
-                _lock(self.file)
-                self.memory = mmap.mmap(self.file.fileno(), _NAMES + _NUMBERS)
-                new.rename(path)
-            except OSError:
-                if self.file:
-                    self.file.close()
-                new.unlink(missing_ok=True)
-                raise
+            self.lock, self.file, self.memory = _numbers_file(path)
         self.used = memoryview(self.memory)[:8].cast("q")  # bytes of names
         self.values = memoryview(self.memory)[_NAMES:].cast("d")
         self.slots: dict[tuple[str, tuple[Any, ...]], int] = {}
@@ -182,6 +175,8 @@ class _Numbers:
         if self.file:
             self.memory.close()
             self.file.close()
+        if self.lock:
+            self.lock.release()
 
 # %% ../../nbs/65_serve.metrics.ipynb #c03002fb
 def _read_numbers(
@@ -250,6 +245,7 @@ def _bury(
             write_json(folder / "gone.json", {"files": kept, "series": series})
         for path in dead:
             path.unlink(missing_ok=True)
+            path.with_suffix(".held").unlink(missing_ok=True)
     return totals
 
 # %% ../../nbs/65_serve.metrics.ipynb #85982503
@@ -369,20 +365,13 @@ def _alone(
     folder: Path,  # of all workers
 ) -> Iterator[bool]:  # False where it could not be had
     "Only one worker at a time collects."
-    try:
-        file = (folder / ".lock").open("a+b")
-    except OSError:
-        yield False
-        return
-    with file:
+    with contextlib.ExitStack() as stack:
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            yield False
-            return
-        yield True
+            if alone := folder.is_dir():
+                stack.enter_context(locked(folder / ".lock", wait=10))
+        except OSError:
+            alone = False
+        yield alone
 
 
 def _collect(
@@ -402,8 +391,10 @@ def _collect(
             with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
                 if numbers.file and os.path.samestat(os.fstat(file.fileno()), os.fstat(numbers.file.fileno())):
                     continue
-                if alone and _lock(file):
+                held = Lock(path.with_suffix(".held"))
+                if alone and held.take():
                     dead[path] = file.read()
+                    held.release()
                 else:
                     _add_up(totals, _read_numbers(file.read()))
         gone = _bury(folder, dead) if alone else _read_gone(folder / "gone.json")[0]
