@@ -64,7 +64,7 @@ def pytest_load_initial_conftests(early_config):
     options = early_config.known_args_namespace
     given = early_config.invocation_params.args
     chosen = ("file_or_dir", "keyword", "markexpr", "lf", "deselect", "collectonly")
-    if any(getattr(options, name) for name in chosen) and not any(str(arg).startswith("--cov") for arg in given):
+    if any(getattr(options, name, None) for name in chosen) and not any(str(arg).startswith("--cov") for arg in given):
         options.no_cov = True
 
 

@@ -461,10 +461,12 @@ def test_kaggle_says_why_not(monkeypatch):
 
 def test_kaggle_without_a_network_or_without_an_answer(monkeypatch):
     pytest.importorskip("kagglehub")
-    with kaggle(monkeypatch, None):
-        pass  # the address stays set, and nobody listens there
-    with pytest.raises(SourceError, match=r"fer2013: Kaggle does not answer; is there a network") as told:
-        find("face_emotion", source="", places=("kaggle",))
+    with kaggle(monkeypatch, None), socket.socket() as taken, monkeypatch.context() as patch:
+        taken.bind(("127.0.0.1", 0))  # taken, so that no other server gets it, and nobody listens there
+        for name in ("http_proxy", "HTTP_PROXY"):
+            patch.setenv(name, f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(SourceError, match=r"fer2013: Kaggle does not answer; is there a network") as told:
+            find("face_emotion", source="", places=("kaggle",))
     assert "human-face-emotions" not in str(told.value)  # it would not answer either
     silent = threading.Event()
     with kaggle(monkeypatch, lambda *_: (200, "text/plain", b"" if silent.wait(30) else b"")):
