@@ -183,6 +183,13 @@ def _tested(row: Mapping[str, Any]) -> str:
     return f"{n}, {row['test_part']}" if row.get("test_part") else n
 
 
+def _trained_in(row: Mapping[str, Any]) -> str:
+    "Seconds of training; those of a GPU name it, as others are of the machine's processor."
+    seconds = f"{row['seconds']:,.0f}" if row["seconds"] >= 10 else f"{row['seconds']:.1f}"
+    cards = sorted({machine.split(",")[0] for machine in row.get("machines", []) if machine.count(",") > 1})
+    return f"{seconds} ({', '.join(cards)})" if cards else seconds
+
+
 def result_texts(
     rows: Iterable[Mapping[str, Any]],  # from `collect_results`, or read from the file
 ) -> list[dict[str, str]]:  # a row a task and recipe, texts
@@ -195,7 +202,7 @@ def result_texts(
             "95 % interval": _between(row),
             "of": _tested(row),
             "other origin, balanced %": _percent(row["ood_balanced_acc"]),
-            "training, s": f"{row['seconds']:,.0f}" if row["seconds"] >= 10 else f"{row['seconds']:.1f}",
+            "training, s": _trained_in(row),
             "parameters": "" if row["parameters"] is None else f"{row['parameters']:,.0f}",
             "a second": "" if row["per_second"] is None else f"{row['per_second']:,.0f}",
             "runs": " ".join(s + "*" * (i in row["dirty"]) for s, i in zip(row["short"], row["runs"], strict=True)),
