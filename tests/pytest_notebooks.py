@@ -1,7 +1,7 @@
 """Pytest plugin: each notebook of nbs/ is a test, run in a process of its own, away from the user's data, runs and W&B.
 
 A library notebook runs the way nbdev_test runs it (run_notebook.py); a run notebook, one with a `parameters` cell, runs
-through papermill on the committed sample. Coverage is measured when everything runs, not when a part was asked for.
+through papermill on the committed sample.
 """
 
 import json
@@ -57,15 +57,6 @@ def isolated_environment(folder):
         "OMP_WAIT_POLICY": "passive",
     }
     return paths | fixed
-
-
-def pytest_load_initial_conftests(early_config):
-    """Measure coverage only when everything runs: a part of the tests says nothing about the whole."""
-    options = early_config.known_args_namespace
-    given = early_config.invocation_params.args
-    chosen = ("file_or_dir", "keyword", "markexpr", "lf", "deselect", "collectonly")
-    if any(getattr(options, name, None) for name in chosen) and not any(str(arg).startswith("--cov") for arg in given):
-        options.no_cov = True
 
 
 def pytest_configure(config):

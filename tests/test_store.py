@@ -563,7 +563,7 @@ def start(out, source, *words, code="build('fashion_mnist', sys.argv[1], source=
 def test_a_killed_build_leaves_the_old_data(sample, out, tmp_path):
     """Kill builds of a larger set at moments spread over their length; the old or the new data is there, whole."""
     old = build("fashion_mnist", out, source=sample).hash
-    source = publication(tmp_path / "p", 30_000, 10_000)
+    source = publication(tmp_path / "p", 400, 100)
     new = build("fashion_mnist", tmp_path / "new", source=source).hash
     seen = set()
     for attempt in range(12):
@@ -571,7 +571,7 @@ def test_a_killed_build_leaves_the_old_data(sample, out, tmp_path):
         writing = out.with_name(".fashion_mnist.new")
         while not writing.exists() and process.poll() is None:
             time.sleep(0.0005)
-        time.sleep(0.012 * attempt)
+        time.sleep(0.002 * attempt)  # writing takes some 20 ms
         process.kill()
         process.wait()
         process.stderr.close()
@@ -629,8 +629,8 @@ def test_a_disk_that_fills_up_leaves_the_old_data(sample, out, tmp_path):
     """A limit on file size stops the writing in the midst of images.npy, as a full disk would."""
     build("fashion_mnist", out, source=sample)
     before = contents(out)
-    source = publication(tmp_path / "p", 4000, 1000)
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
+    source = publication(tmp_path / "p", 400, 100)  # 392 kB of images
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
     process = start(out, source, limit)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "OSError: [Errno 27]" in error and "Nothing was changed" in error
