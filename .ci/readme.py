@@ -45,7 +45,8 @@ def shown(output, name):
         if not image.exists() or image.read_bytes() != content:
             image.parent.mkdir(exist_ok=True)
             image.write_bytes(content)
-        return f"![{name}](nbs/images/{name}.png)"
+        alt = output.metadata.get("image/png", {}).get("alt") or name
+        return f"![{alt}](nbs/images/{name}.png)"
     return f"```text\n{data['text/plain'].rstrip()}\n```" if "text/plain" in data else ""
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def _figure(
     width: float,  # inches
     height: float,  # inches
+    alt: str = "",  # what it shows, in words: for who cannot see it, and where there is no picture
     **kwargs: Any,  # for `subplots`
 ) -> tuple["Figure", Any]:  # the figure and its axes
     "A figure that pyplot does not know, small enough to be committed."
@@ -32,7 +33,12 @@ def _figure(
             self.savefig(out := io.BytesIO(), format="png")
             return out.getvalue()
 
-    figure = Figure(figsize=(width, height), dpi=72, layout="constrained")
+        def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, str], dict[str, Any]]:
+            said = getattr(self, "alt", "") or "a figure"
+            return {"text/plain": said}, {"image/png": {"alt": said}}  # where nbconvert and others look for it
+
+    figure = Figure(figsize=(width, height), dpi=96, layout="constrained")
+    figure.alt = alt  # type: ignore[attr-defined]
     return figure, figure.subplots(**kwargs)
 
 # %% ../nbs/06_figures.ipynb #e965c477
@@ -48,42 +54,50 @@ def show_images(
     if images.ndim != 3 and (images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8):
         raise ValueError(f"expected images (N, H, W), or (N, H, W, 3) of uint8, got {images.shape} {images.dtype}")
     rows = -(-len(images) // columns)
-    figure, axes = _figure(columns * size, rows * (size + 0.3 * bool(titles)), nrows=rows, ncols=columns, squeeze=False)
+    named = ", ".join(dict.fromkeys(" ".join(t.split()) for t in titles))
+    alt = f"{len(images)} image{'s' * (len(images) != 1)} in a grid" + (f": {named}" if named else "")
+    grid = {"nrows": rows, "ncols": columns, "squeeze": False}
+    figure, axes = _figure(columns * size, rows * (size + 0.35 * bool(titles)), alt, **grid)
     for i, ax in enumerate(axes.flat):
         ax.axis("off")
         if i < len(images):
             ax.imshow(images[i], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             if titles:
-                ax.set_title(titles[i], fontsize=7)
+                ax.set_title(titles[i], fontsize=8)
     return figure
 
 # %% ../nbs/06_figures.ipynb #cbb519b8
 def show_history(
     rows: Sequence[Mapping[str, Any]],  # metrics by step or epoch; not every row has every metric
-    groups: Sequence[Sequence[str]] = (("train/loss", "val/loss"), ("val/acc",)),  # the metrics of each panel
+    groups: Sequence[Sequence[str]] = (("train/loss",), ("val/loss",), ("val/acc",)),  # the metrics of each panel
     x: str = "epoch",  # what runs along
     mark: float | None = None,  # where a dotted line stands, as at the epoch that is served
+    shade: tuple[float, float, str] | None = None,  # from, to and name of a part, as while images are small
 ) -> "Figure":
-    "Curves of a training, a panel a group of metrics."
-    figure, axes = _figure(4.2 * len(groups), 2.6, ncols=len(groups), squeeze=False)
+    "Curves of a training, a panel a group of metrics, each with a scale of its own."
+    figure, axes = _figure(3.2 * len(groups), 2.6, "", ncols=len(groups), squeeze=False)
+    told = []
     for ax, names in zip(axes[0], groups, strict=True):
         for name in names:
             points = [(row[x], row[name]) for row in rows if row.get(name) is not None and row.get(x) is not None]
             if points:
                 few = len(points) < 50
-                ax.plot(
-                    *zip(*points, strict=True),
-                    marker="o" if few else None,
-                    markersize=3,
-                    linewidth=1.5 if few else 0.7,
-                    label=name,
-                )
-        ax.set_xlabel(x)
+                style: dict[str, Any] = {"marker": "o", "markersize": 4} if few else {"linewidth": 0.7}
+                ax.plot(*zip(*points, strict=True), label=name, **style)
+                told.append(f"{name} from {points[0][1]:.4g} to {points[-1][1]:.4g}")
+        ax.set_xlabel(x, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.set_title(", ".join(names), fontsize=10)
         ax.grid(alpha=0.3)
+        if shade and ax.lines:
+            ax.axvspan(*shade[:2], color="tab:orange", alpha=0.15, label=shade[2])
         if mark is not None and ax.lines:
-            ax.axvline(mark, color="gray", linestyle=":", linewidth=1)
-        if ax.lines:
+            ax.axvline(mark, color="gray", linestyle=":", linewidth=1.5)
+        if ax.lines and (len(names) > 1 or (shade and ax is axes[0][-1])):
             ax.legend(fontsize=8)
+    part = [f"{shade[2]} from {x} {shade[0]:g} to {shade[1]:g}"] if shade else []
+    told += part + ([f"{x} {mark:g} is marked"] if mark is not None else [])
+    figure.alt = f"Curves by {x}: {'; '.join(told) or 'nothing to show'}"  # type: ignore[attr-defined]
     return figure
 
 # %% ../nbs/06_figures.ipynb #712b704c
@@ -93,9 +107,13 @@ def show_confusion(
 ) -> "Figure":
     "A confusion matrix with its counts (to 40 classes); the colour shows the mistakes, as a share of the true class."
     n = len(classes)
-    cell, font = (0.42, 7) if n <= 15 else (0.3, 6) if n <= 40 else (0.1, 4)
+    cell, font = (0.42, 8) if n <= 15 else (0.3, 7) if n <= 40 else (0.1, 4)
     size = 1.2 + cell * n
-    figure, ax = _figure(size + 0.6, size)
+    wrong = np.where(np.eye(n, dtype=bool), 0, matrix)
+    i, j = (int(k) for k in np.unravel_index(wrong.argmax(), wrong.shape))
+    most = f"; most often {classes[i]} taken for {classes[j]} ({wrong[i, j]:,})" if wrong[i, j] else ""
+    right = f"{int(np.trace(matrix)):,} of {int(matrix.sum()):,} rows right"
+    figure, ax = _figure(size + 0.6, size, f"Confusion matrix of {n} classes: {right}{most}")
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     np.fill_diagonal(share, 0)
     ax.imshow(share, cmap="Reds", vmin=0, vmax=max(0.05, float(share.max())))
@@ -106,8 +124,8 @@ def show_confusion(
             ax.text(j, i, f"{count}", ha="center", va="center", fontsize=font, color=colour)
     ax.set_xticks(range(n), classes, rotation=45 if n <= 15 else 90, ha="right" if n <= 15 else "center", fontsize=font)
     ax.set_yticks(range(n), classes, fontsize=font)
-    ax.set_xlabel("predicted", fontsize=8)
-    ax.set_ylabel("true", fontsize=8)
+    ax.set_xlabel("predicted", fontsize=9)
+    ax.set_ylabel("true", fontsize=9)
     return figure
 
 # %% ../nbs/06_figures.ipynb #31b0ec5f
@@ -117,7 +135,10 @@ def show_reliability(
     "Confidence against accuracy, with the number of rows in each bin."
     if not rows:
         raise ValueError("expected at least one bin to show, got none")
-    figure, (ax, below) = _figure(4.2, 4, nrows=2, sharex=True, height_ratios=[3, 1])
+    sure = max(rows, key=lambda row: row["n"])
+    alt = f"Confidence against accuracy in {len(rows)} bins; in the fullest, {sure['n']:,} rows, "
+    alt += f"confidence {sure['confidence']:.2%} and accuracy {sure['accuracy']:.2%}"
+    figure, (ax, below) = _figure(4.2, 4, alt, nrows=2, sharex=True, height_ratios=[3, 1])
     left, right, x, y, low, high, n = (
         np.array([row[k] for row in rows], float) for k in ("from", "to", "confidence", "accuracy", "low", "high", "n")
     )
@@ -130,12 +151,27 @@ def show_reliability(
     below.set(yscale="log", xlabel="confidence", ylabel="rows")
     return figure
 
+# %% ../nbs/06_figures.ipynb #d84e0b71
+def _keep_inside(ax: Any, labels: Sequence[Any]) -> None:
+    "Move the labels of points that would leave the axes to the side, as far as it takes."
+    ax.figure.draw_without_rendering()
+    room, points = ax.get_window_extent(), 72 / ax.figure.dpi
+    for label in labels:
+        box = label.get_window_extent()
+        right = max(0.0, room.x0 + 3 - box.x0) - max(0.0, box.x1 + 3 - room.x1)
+        up = max(0.0, room.y0 + 3 - box.y0) - max(0.0, box.y1 + 3 - room.y1)
+        x, y = label.xyann
+        label.xyann = (x + right * points, y + up * points)
+
 # %% ../nbs/06_figures.ipynb #97cb492a
 def show_race(
     runs: Mapping[str, Sequence[tuple[float, float]]],  # name -> (seconds, accuracy) of each run
 ) -> "Figure":
     "Accuracy over time, a point for each name at the mean of its runs; the axis of time is logarithmic."
-    figure, ax = _figure(6, 3)
+    means = {name: np.array(points, dtype=float).mean(0) for name, points in runs.items()}
+    told = "; ".join(f"{name} {100 * y:.2f}% in {x:.0f} s" for name, (x, y) in means.items())
+    figure, ax = _figure(6, 3, f"Accuracy over time: {told}")
+    labels = []
     for name, points in runs.items():
         x, y = np.array(points, dtype=float).T
         ax.errorbar(
@@ -146,8 +182,10 @@ def show_race(
             fmt="o",
             capsize=3,
         )
-        ax.annotate(
-            name, (x.mean(), 100 * y.mean()), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8
+        labels.append(
+            ax.annotate(
+                name, (x.mean(), 100 * y.mean()), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8
+            )
         )
     ax.margins(x=0.18, y=0.15)
     ax.set(xscale="log", xlabel="seconds from process start, 2 CPU cores", ylabel="test accuracy, %")
@@ -155,37 +193,47 @@ def show_race(
     ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
+    _keep_inside(ax, labels)
     return figure
 
 # %% ../nbs/06_figures.ipynb #31b74155
 class Table:
-    "Alike rows, shown as a table in a notebook and as text elsewhere."
+    "Rows, shown as a table in a notebook and as text elsewhere; a key that a row lacks is an empty cell."
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, Any]],  # alike rows
+        rows: Sequence[Mapping[str, Any]],  # rows; together their keys are the columns
         digits: int = 4,  # of floats
+        folded: Sequence[Mapping[str, Any]] = (),  # rows that a click shows, below the others
+        summary: str = "more",  # what stands in their place
     ):
         self.rows, self.digits = list(rows), digits
+        self.folded, self.summary = [dict(row) for row in folded], summary
+        self.columns = list(dict.fromkeys(k for row in self.rows for k in row))
 
     def _cell(self, value: Any) -> str:
         if value is None:
             return ""
         text = " ".join(str(value).split())
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             text = f"{value:.{self.digits}f}" if isinstance(value, float) else f"{value:,}"
         return text.replace("|", "\\|")
+
+    def _numeric(self, column: str) -> bool:
+        first = next((row[column] for row in self.rows if row.get(column) is not None), "")
+        return isinstance(first, (int, float)) and not isinstance(first, bool)
 
     def _repr_markdown_(self) -> str:
         if not self.rows:
             return "(no rows)"
-        first = {k: next((r[k] for r in self.rows if r.get(k) is not None), "") for k in self.rows[0]}
-        numeric = {k: isinstance(v, (int, float)) for k, v in first.items()}
-        lines = [
-            "| " + " | ".join(numeric) + " |",
-            "|" + "|".join("--:" if n else "---" for n in numeric.values()) + "|",
+        head = [
+            "| " + " | ".join(map(self._cell, self.columns)) + " |",
+            "|" + "|".join("--:" if self._numeric(c) else "---" for c in self.columns) + "|",
         ]
-        return "\n".join(lines + ["| " + " | ".join(self._cell(v) for v in row.values()) + " |" for row in self.rows])
+        rows = ("| " + " | ".join(self._cell(row.get(c)) for c in self.columns) + " |" for row in self.rows)
+        more = Table(self.folded, self.digits)._repr_markdown_() if self.folded else ""
+        fold = [f"\n<details><summary>{escape(self.summary)}</summary>\n", more, "\n</details>"] if more else []
+        return "\n".join([*head, *rows, *fold])
 
     def __repr__(self) -> str:
         return self._repr_markdown_()

@@ -91,6 +91,10 @@ def parameters_cell(path):
     return next(("".join(c["source"]) for c in tagged), None)
 
 
+SAME_FORM = ("train.ipynb", "data.ipynb", "evaluate.ipynb")  # whose smoke test shows what a whole run shows
+PARTLY = ("**trained in part**",)  # what a smoke test shows besides
+
+
 class NotebookError(Exception):
     """A notebook that did not run as it should; the message is the whole report."""
 
@@ -165,7 +169,7 @@ class RunItem(NotebookItem):
     """A run notebook: papermill on the sample, from a folder that is not the checkout."""
 
     def runtest(self):
-        """Run what it needs, then itself; a warning that it shows is an error."""
+        """Run what it needs, then itself; a warning that it shows is an error, and so are committed outputs of old."""
         for name in (NEEDS.get(self.path.name), self.path.name):
             if name and name not in self.config.executed:
                 self.config.executed[name] = self.papermill(self.path.with_name(name))
@@ -175,6 +179,17 @@ class RunItem(NotebookItem):
             text = "".join(output.get("text", ""))
             if output.get("name") == "stderr" and re.search(r"\b\w*Warning: ", text):
                 raise NotebookError(f"{self.path.name} shows a warning\n\n{''.join(cell['source'])}\n\n{text}")
+        if self.path.name in SAME_FORM:
+            self.compare(cells)
+
+    def compare(self, cells):
+        """Hold what is committed against this run: other numbers, but the same tables, settings, figures."""
+        from project.runs.fresh import form_differences
+
+        committed = json.loads(self.path.read_text(encoding="utf-8"))
+        if differ := list(form_differences(committed, {"cells": cells}, PARTLY)):
+            hint = f"make it anew with `project fresh --write {self.path.stem}`"
+            raise NotebookError("\n".join([f"{self.path.name} is committed with outputs of before:", *differ, hint]))
 
     def papermill(self, path):
         """Execute one run notebook; the path of the result."""

@@ -148,7 +148,8 @@ class Server:
         self.folder, self.workers, self.ready = folder, workers, ready
         self.settings = {"log": str(folder / "log.db"), "poll": 0.1} | settings
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PROJECT_SERVE_", "PROJECT_API", "AIP_"))}
-        self.env |= {"PROJECT_REGISTRY": str(folder / "registry"), "PROJECT_ROOT": str(ROOT)} | (env or {})
+        self.env |= {"PROJECT_REGISTRY": str(folder / "registry"), "PROJECT_ROOT": str(ROOT)}
+        self.env |= {"PROJECT_CACHE": str(folder / "cache")} | (env or {})
 
     def __enter__(self):
         code = f"from project.serve.api import serve; serve(port=0, workers={self.workers}, **{self.settings!r})"

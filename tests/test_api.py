@@ -249,11 +249,13 @@ def test_models(client, served):
 
 
 def test_card_runs_nothing(client):
-    answer = client.get("/models/brightness/card")
-    assert answer.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in answer.headers["content-security-policy"]
-    assert "<h1>brightness</h1>" in answer.text and "<script" not in answer.text
-    assert says(client.get("/models/news/card"), 404)
+    for page, title in (("card", "<h1>Brightness"), ("notebook", "<h1>brightness</h1>")):
+        answer = client.get(f"/models/brightness/{page}")
+        assert answer.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert title in answer.text and "<script" not in answer.text
+    assert client.get("/models/news/card").status_code == 200  # also without a notebook
+    assert says(client.get("/models/news/notebook"), 404)
 
 
 def test_lineage(client, served):

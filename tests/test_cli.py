@@ -151,7 +151,8 @@ def test_why_there_is_no_commit_is_what_git_says(tmp_path, monkeypatch, prepare,
 def test_doctor_looks_at_everything(call):
     done = call("doctor", "--json")
     found = {c["what"]: c for c in json.loads(done.output)}
-    assert {"python", "kernel", "package", "torch", "data", "dvc", "wandb", "disk", "git"} == set(found)
+    names = {"python", "kernel", "package", "export", "torch", "extras", "data", "dvc", "wandb", "disk", "git"}
+    assert names == set(found)
     assert found["torch"]["state"] == "ok" and "project data build" in found["data"]["found"]
     assert done.exit_code == int(any(c["state"] == "fix" for c in found.values()))
 

@@ -253,9 +253,11 @@ def test_an_image_is_answered_with_everything(page, service, key):
     assert links == ["models/shades/card", "models/shades/lineage", f"predictions/{view['id']['value']}"]
     assert page.http.get(f"/{links[1]}").json()["version"] == logged["version"]
     assert page.http.get(f"/{links[2]}").json()["predicted"] == "bright"
-    card = page.http.get(f"/{links[0]}")  # the toy bundle has none, and that is what the service says
-    assert card.status_code == 404 and "no executed notebook" in card.json()["detail"]
-    assert "sandbox" in card.headers["content-security-policy"]
+    card = page.http.get(f"/{links[0]}")
+    assert "Intended use" in card.text and "default-src 'none'" in card.headers["content-security-policy"]
+    notebook = page.http.get("/models/shades/notebook")  # the toy bundle has none, and that is what the service says
+    assert notebook.status_code == 404 and "no executed notebook" in notebook.json()["detail"]
+    assert "sandbox" in notebook.headers["content-security-policy"]
 
 
 def test_texts_are_answered(page):

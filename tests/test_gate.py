@@ -537,7 +537,9 @@ def test_texts_are_compared_too():
     # the old one knows nothing of "worse", and says the first class of two that are equal: right by luck
     assert better.evidence["scores"]["champion"]["acc"] == 1.0 and better.verdict == "keep"
     flipped = compare(new, old, rows, 1 - labels, rules=Rules(slower=1000, gain=1000, calibration=0.9), calls=10)
-    assert flipped.verdict == "keep" and {r["by"] for r in flipped.evidence["slices"]} > {"words"}
+    assert {r["by"] for r in flipped.evidence["slices"]} > {"words"}
+    # never right, as the champion is not: that nothing got worse is no reason to keep quiet
+    assert flipped.verdict == "refuse" and "less often than by chance: class" in flipped.reasons[0]
     other = texts("other", {"bad": (2, 0), "good": (0, 2)}, fields=("headline",))
     assert "its input fields is" in compare(other, old, rows, labels).reasons[0]
 
@@ -1075,3 +1077,29 @@ def test_the_gate_is_light():
     code = f"import sys, project.bundle.gate; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- faults are marked
+
+
+def test_a_class_that_is_never_recognised_is_a_fault_in_notebook_and_terminal():
+    classes = ["Bag", "Coat", "Dress"]
+    rows = [
+        {"by": "class", "slice": c, "n": 1000, "champion": None, "challenger": {"acc": a, "low": 0.0, "high": h}}
+        for c, a, h in (("Bag", 0.0, 0.004), ("Coat", 0.9, 0.92), ("Dress", 0.31, 0.34))
+    ]
+    found = g._check_slices({"slices": rows, "paired": None}, Rules())
+    assert found["state"] == "refuse" and "class Bag, 0.00% of 1,000" in found["says"] and "Dress" not in found["says"]
+    rows[0]["challenger"] |= {"acc": 0.5, "high": 0.53}
+    assert g._check_slices({"slices": rows, "paired": None}, Rules())["state"] == "fine"
+    assert len(classes) == 3
+
+
+@pytest.mark.parametrize("state", ["refuse", "keep", "allow"])
+def test_what_is_not_fine_stands_first_marked_and_is_said_in_the_terminal(state):
+    checks = [g._check("size", "fine", "3 MB"), g._check("whole training", state, "trained in part: 1 batch an epoch")]
+    checks.append(g._check("other", "refuse", "another fault"))
+    decision = g.Decision("t", g._verdict(checks), checks, {}, {}, "2026-11-28T00:00:00+00:00")
+    table = decision._repr_markdown_().splitlines()[4:]
+    assert table[-1].startswith("| size | fine") and any(f"{state}** | trained in part" in line for line in table[:2])
+    assert "whole training: trained in part: 1 batch an epoch" in str(decision) and "3 MB" not in str(decision)

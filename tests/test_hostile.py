@@ -240,6 +240,8 @@ JSONS = {
     "UTF-16": ('{"title": "x"}'.encode("utf-16"), 400),
     "NaN": (b'{"title": NaN}', 400),
     "deep": (b"[" * 500_000, 400),
+    "half a million numbers": (b"[" + b"1," * 500_000 + b"1]", 413),
+    "half a million names": (b"{" + b",".join(b'"%d":1' % i for i in range(150_000)) + b"}", 413),
     "deep and closed": (b"[" * 5_000 + b"]" * 5_000, (400, 422)),
     "half a character": (b'{"title": "\\ud800"}', 400),
     "half a character in a name": (b'{"\\udfff": "x"}', 400),
@@ -247,6 +249,7 @@ JSONS = {
     "a huge exponent": (b'{"title": 1e999999}', 422),
     "null": (b"null", 422),
     "a name twice": (b'{"title": "x", "title": 5}', 422),
+    "a name twice, as text": (b'{"title": "x", "title": "y"}', 422),
     "ten thousand names": (json.dumps({f"n{i}": "x" for i in range(10_000)}).encode(), 422),
     "too long": (json.dumps({"title": "x" * 1_000_000}).encode(), 413),
     "prototype": (b'{"__proto__": {"x": 1}}', 422),
@@ -267,7 +270,7 @@ def test_labels(served, name):
     answer = served.client.post(
         f"/predictions/{id}/feedback", content=content, headers={"content-type": "application/json"}
     )
-    refused(answer, 400, 422)
+    refused(answer, 400, 413, 422)
 
 
 def test_compressed_bodies_are_refused(served):

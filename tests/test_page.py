@@ -248,6 +248,20 @@ def test_lineage_is_shown_where_the_answer_is(tab, service, place):
     shown, lineage = tab.text(".lineage"), service.get("/models/shades/lineage")
     assert lineage["version"] in shown and "c0ffee" in shown
     assert not re.search(r"\[object|undefined|null|NaN", shown)
+    steps = tab.run("[...document.querySelectorAll('.chain > li > strong')].map((s) => s.textContent)")
+    assert steps == [
+        "Problem",
+        "Version",
+        "Bundle",
+        "Run",
+        "Code",
+        "All of it",
+    ]  # these have no notebook, data or packages
+    assert "holds no executed notebook" in tab.text(".chain .bad") and "1 value" not in shown
+    links = tab.run("[...document.querySelectorAll('.chain a')].map((a) => a.getAttribute('href'))")
+    assert links == ["models/shades/card", "models/shades/lineage"]
+    for link in links:
+        assert service.get(f"/{link}")
 
 
 def test_errors_are_told_in_words(tab, place, tmp_path):
@@ -268,6 +282,19 @@ def test_errors_are_told_in_words(tab, place, tmp_path):
     assert len(tab.requests) == asked  # it was not even sent
     tab.choose_file(FILE, place / "bright.png")  # and the next one is answered
     assert said(tab) == "bright"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x00\x01\xfe\xff binary", b"\x89PNG\r\n\x1a\n", b"plain words", b"%PDF-1.7 \xe2"]
+)
+def test_errors_have_no_hexadecimal_bytes(tab, tmp_path, content):
+    (tmp_path / "odd.png").write_bytes(content)
+    tab.choose_file(FILE, tmp_path / "odd.png")
+    tab.until("document.querySelector('.problem .detail')")
+    detail = tab.text(".problem .detail")
+    assert "Expected an image" in detail and not re.search(r"\b[0-9a-f]{2} [0-9a-f]{2}\b|\\x[0-9a-f]{2}", detail), (
+        detail
+    )
 
 
 def test_nothing_to_read_is_told_and_leads_to_the_field(browser, service):
@@ -370,3 +397,30 @@ def test_the_documentation_needs_nobody_else(browser, service):
     loaded = tab.run("performance.getEntriesByType('resource').map((e) => e.name)")
     assert any(name.endswith("swagger-ui-bundle.js") for name in loaded)
     assert all(name.startswith((service.url, "data:")) for name in loaded), loaded
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_what_is_not_as_it_should_be_is_told_on_top(browser, tmp_path, width):
+    """In words for everybody, at both widths, and gone when it is mended."""
+    with Service(tmp_path, PROJECT_SERVE_POLL=0.1, PROJECT_CACHE=tmp_path / "cache") as running:
+        place = registry(tmp_path / "registry", shades(tmp_path / "a"), news(tmp_path / "b"))
+        running.wait_for(lambda: len(running.get("/models")["models"]) == 2)
+        worse = place.add(shades(tmp_path / "c", sign=-1.0))
+        file = place.open(worse).path / "model.onnx"
+        content = file.read_bytes()
+        file.chmod(0o644)
+        file.write_bytes(content[:-1] + b"!")
+        place.alias("shades", "production", worse.name)
+        place.alias("fake_news", "production", None)
+        running.wait_for(lambda: len(running.get("/health/ready")["reasons"]) == 2)
+        tab = browser.open(f"{running.url}/", width=width)
+        told = tab.text(".notices")
+        assert f"shades: {worse.name}, which is in production, cannot be loaded; v1-" in told and "goes on" in told
+        assert "fake_news: it was retired on" in told and str(tmp_path) not in told
+        assert tab.run("document.documentElement.scrollWidth <= innerWidth")
+        card = browser.open(f"{running.url}/models/shades/card", width=width)
+        assert "Intended use" in card.text("main") and not card.troubles
+        assert card.run("document.documentElement.scrollWidth <= innerWidth")
+        file.write_bytes(content)
+        running.wait_for(lambda: running.get("/health/ready")["status"] == "ready")
+        assert "cannot be loaded" not in running.get("/")

@@ -1,6 +1,7 @@
 """project.serve.predictor: the same rows, the same answers as in training; strangers' bytes, the right refusal."""
 
 import asyncio
+import contextlib
 import gzip
 import io
 import random
@@ -27,7 +28,7 @@ from project.data.readers import Texts, decode_image
 from project.data.tokens import encode, train_tokenizer
 from project.serve import predictor as module
 from project.serve.batching import Batcher
-from project.serve.predictor import InputError, Predictor, image_pixels, length_groups, not_probabilities
+from project.serve.predictor import Heavy, InputError, Predictor, image_pixels, length_groups, not_probabilities
 
 
 class Looks(nn.Module):
@@ -346,15 +347,20 @@ def test_less_pixels_may_be_allowed(looks):
 def test_very_large_images_are_decoded_one_at_a_time(looks, monkeypatch):
     inside, most, lock = 0, 0, threading.Lock()
 
-    def decode(*args, **options):
+    @contextlib.contextmanager
+    def counted(room):
         nonlocal inside, most
-        with lock:
-            inside += 1
-            most = max(most, inside)
-        time.sleep(0.02)
-        with lock:
-            inside -= 1
-        return decode_image(*args, **options)
+        with room:
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.02)
+            with lock:
+                inside -= 1
+            yield
+
+    def decode(*args, room, **options):
+        return decode_image(*args, room=lambda held: counted(room(held)), **options)
 
     monkeypatch.setattr(module, "decode_image", decode)
     predictor = Predictor(looks[1][1])
@@ -364,6 +370,18 @@ def test_very_large_images_are_decoded_one_at_a_time(looks, monkeypatch):
         assert most == 1
         list(pool.map(predictor.read_image, [WHOLE] * 8))
     assert most > 1
+
+
+def test_an_image_that_takes_too_much_memory_is_refused_whatever_its_size(looks):
+    predictor = Predictor(looks[1][1], max_decoded=5_000_000)
+    for large in (packed(Image.new("RGBA", (1500, 1500)), "WEBP", lossless=True), packed(Image.new("RGB", (900, 900)))):
+        assert len(large) < 5000
+        with pytest.raises(InputError, match="at most 5 MB while it is decoded, found one that takes") as told:
+            predictor.read_image(large)
+        assert told.value.status == 413
+    assert predictor.read_image(packed(Image.new("RGB", (3000, 3000)), "JPEG")).shape == (28, 28)
+    with pytest.raises(Heavy):
+        Predictor(looks[1][1]).read_image(packed(Image.new("1", (4100, 4100))), wait=False)
 
 
 def test_pixels_from_the_head():

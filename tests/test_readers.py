@@ -219,7 +219,7 @@ def huge_jpeg():
     [
         (b"", "an empty file"),
         (b"<html>Not found</html>", "a web page or other text"),
-        (b"hello, I am a text file", "something else, starting 68 65 6c 6c"),
+        (b"hello, I am a text file", "something else, text that begins 'hello, I am a text f'"),
         (b"%PDF-1.7 and so on", "found a PDF"),
         (b"\x89PNG\r\n\x1a\n", "a damaged one"),
         (png_head(0, 0) + png_chunk(b"IEND", b""), "found"),
@@ -234,9 +234,9 @@ def huge_jpeg():
         (packed(noise(64), "GIF")[:1500], "a damaged GIF"),
         (packed(noise(64), "WEBP")[:300], "damaged"),
         (packed(noise(64), "BMP")[:300], "a damaged BMP"),
-        (packed(noise(8), "TIFF"), "something else"),
-        (packed(noise(8), "ICO"), "something else"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "something else"),
+        (packed(noise(8), "TIFF"), "a TIFF image, which is not read here. Save it as JPEG or PNG"),
+        (packed(noise(8), "ICO"), "an ICO image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a PostScript file"),
     ],
 )
 def test_what_is_no_image_says_what_it_is(content, said):

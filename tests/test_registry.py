@@ -701,6 +701,46 @@ def test_a_damaged_copy_is_fetched_anew(bucket, tmp_path):
     assert not here.exists()
 
 
+def test_damage_in_a_bucket_is_noted_and_not_fetched_again(bucket, tmp_path, monkeypatch):
+    """By any process of this machine, until an object changes or the note lapses; a file that is missing, too."""
+    version = Registry(bucket).add(make(tmp_path / "bundle", 100.0))
+    folder, fetched = f"brightness/bundles/{version.folder}", []
+    name = f"{folder}/model.onnx"
+
+    def opened():
+        registry = Registry(bucket)  # as another process has it
+        fetch = registry._place.fetch
+        registry._place.fetch = lambda name, target: (fetched.append(name), fetch(name, target))
+        return registry.open(version)
+
+    place = Registry(bucket)._place
+    content = place.read([name])[0]
+    place.put(name, content[:-1] + b"!")
+    said = []
+    for _ in range(3):
+        with pytest.raises(BundleError) as refused:
+            opened()
+        said.append(str(refused.value))
+    assert fetched.count(name) == 1 and len(set(said)) == 1
+    assert f"{bucket}/{folder}: model.onnx: expected sha256" in said[0], "it names the bucket, not a folder of a moment"
+    note = reg._note_of_damage(reg.cache_dir() / "registry" / version.hash)
+    kept = json.loads(note.read_text())
+    note.write_text(json.dumps(kept | {"until": 1.0}))
+    with pytest.raises(BundleError):
+        opened()
+    assert fetched.count(name) == 2 and json.loads(note.read_text())["tries"] == 2, (
+        "the note lapsed, and lasts longer now"
+    )
+    place.put(name, content)
+    assert opened().hash == version.hash and fetched.count(name) == 3 and not note.exists()
+    shutil.rmtree(reg.cache_dir() / "registry" / version.hash)
+    place.remove(name)
+    for wrong in (RegistryError, BundleError):
+        with pytest.raises(wrong, match="a file is missing"):
+            opened()
+    assert fetched.count(name) == 4
+
+
 def test_file_names_that_lead_out_of_the_cache(bucket, tmp_path):
     registry = Registry(bucket)
     version = registry.add(make(tmp_path / "bundle", 100.0))
@@ -780,6 +820,7 @@ def test_the_chain_holds(url, tmp_path):
     ]:
         problems = bundle_lineage(version.manifest, json.dumps(wrong).encode())["problems"]
         assert any(problem in p for p in problems), problems
+        assert problems[0] == "notebook.ipynb is not the one that the manifest lists: it was changed"
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,8 @@ def test_outputs_are_of_no_one_machine(path):
             assert not (m := foreign.search(text)), (
                 f"cell {cell['id']} shows a path of one machine: {m and text[m.start() :][:80]!r}"
             )
-    metadata_text = json.dumps(json.loads(path.read_text(encoding="utf-8"))["metadata"])
-    assert not foreign.search(metadata_text) and "papermill" not in metadata_text
+    about = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    assert not foreign.search(json.dumps(about)) and "papermill" not in about
 
 
 @by_notebook

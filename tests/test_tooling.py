@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -140,3 +142,15 @@ def test_stand_in_pages_take_the_names_that_links_use(tmp_path):
 def test_stand_in_for_quarto_says_what_it_cannot_do():
     done = subprocess.run([sys.executable, ROOT / ".ci" / "quarto", "preview"], capture_output=True, text=True)
     assert done.returncode == 1 and "install Quarto" in done.stderr
+
+
+def test_make_serve_asks_the_gate_about_the_best_run_and_trains_only_where_there_is_none():
+    venv = Path(sys.executable).parent.parent
+    command = ["make", "-n", "-o", f"{venv}/serve.stamp", "serve", f"VENV={venv}"]
+    if not shutil.which("make"):
+        pytest.skip("no make here")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    order = ["exported.py", "models show fashion_mnist", "models best fashion_mnist", "nbs/train.ipynb", "promote best"]
+    places = [done.stdout.index(word) for word in [*order, '/project" serve']]
+    assert places == sorted(places) and "models add" not in done.stdout

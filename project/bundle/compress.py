@@ -574,7 +574,7 @@ def _fields(
     facts: Mapping[str, Any],  # what was done
 ) -> dict[str, Any]:  # of the new manifest
     "What the new manifest says; run, commit and data stay those of the training."
-    own = ("format", "files", "created", "parity", "metrics")
+    own = ("format", "files", "created", "parity", "metrics", "measured", "speed")  # measured of the parent
     kept = {k: v for k, v in bundle.manifest.items() if k not in own}
     trained = {k: v for k, v in bundle.metrics.items() if k.partition("/")[0] in ("model", "train")}
     env = environment()

@@ -12,6 +12,8 @@ import json
 import logging
 import math
 import shutil
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,13 +37,14 @@ from project.bundle.manifest import (
     _image_batches,
     _vocabulary,
     bundle_tokenizer,
+    card_words,
     onnx_session,
     open_bundle,
     run_bundle,
     staged,
     write_manifest,
 )
-from ..core import show_path
+from ..core import environment, show_path
 from ..data.tokens import UNKNOWN
 
 # %% ../../nbs/52_bundle.export.ipynb #e5bfb820
@@ -539,6 +542,31 @@ def _expected(
         ) from e
     return found
 
+# %% ../../nbs/52_bundle.export.ipynb #4d4389db
+_SECONDS = 0.3  # that the speed is measured for
+
+
+def _speed(bundle: Bundle, inputs: _Rows) -> dict[str, Any]:
+    "What one row takes, asked for alone on one thread: the median, which others on the machine change least."
+    session = onnx_session(bundle, threads=1)
+    times: list[float] = []
+    one = inputs.take(np.arange(1))
+    end = time.perf_counter() + _SECONDS
+    while len(times) < 5 or time.perf_counter() < end:
+        began = time.perf_counter()
+        _answers(bundle, session, one.batches(1), 1)
+        times.append((time.perf_counter() - began) * 1000)
+    return {"ms": round(statistics.median(times[2:]), 4), "rows": len(times), "cpu": environment()["cpu"]}
+
+
+def _own_words(task: str) -> dict[str, str]:
+    "A person's words on the task; a file that cannot be read costs no trained model."
+    try:
+        return card_words(task)
+    except BundleError as e:
+        warnings.warn(f"the card has no words: {e}", stacklevel=3)
+        return {}
+
 # %% ../../nbs/52_bundle.export.ipynb #72290296
 def export_bundle(
     net: nn.Module,  # the trained network: embed(uint8 (B, C, H, W)) and head(embedding)
@@ -562,7 +590,7 @@ def export_bundle(
     replace: bool = False,  # whether a bundle already at `path` gives way, when the new one is complete
     tolerance: float = 1e-4,  # largest difference of a probability between torch and onnxruntime
     batch_size: int = 256,  # rows at a time, in the comparison
-    **more: Any,  # more fields for the manifest, such as `calibration`
+    **more: Any,  # more fields for the manifest, such as `measured`; `card` in place of the words in tasks/<task>.toml
 ) -> Bundle:  # the finished bundle
     "Export, compare with torch on real rows, and put the bundle in its place; after an error nothing is left."
     if (images is None) == (tokens is None):
@@ -578,13 +606,16 @@ def export_bundle(
         more |= _specification(frozen, inputs, expected[""], classes)
         more.update(task=task, kind=inputs.kind, classes=classes, model=model, metrics=metrics or {}, tta=tta)
         more.update(run=run, commit=commit, data_hash=data_hash, temperature=temperature)
+        if "card" not in more:
+            more["card"] = _own_words(task)
         _check_fields(more, show_path(path))
         if texts:
             _write_tokenizer(tokenizer, new)
             bundle_tokenizer(Bundle(new, more))  # refuses here what it would refuse in the finished bundle
         _write_files(_Served(frozen, tta, temperature).eval(), new, inputs, more)
         draft = write_manifest(new, **more)
-        write_manifest(new, **more, parity=_parity(draft, inputs, expected, tolerance, batch_size))
+        facts = {"parity": _parity(draft, inputs, expected, tolerance, batch_size), "speed": _speed(draft, inputs)}
+        write_manifest(new, **more, **facts)
     return open_bundle(path, verify=False)
 
 # %% ../../nbs/52_bundle.export.ipynb #914468b2

@@ -43,7 +43,7 @@ from ..core import hash_json, human_bytes, read_json, show_path, write_json
 from ..figures import _figure
 from ..metrics import brier, by_slice, ece, origin_rows, reliability, summary
 from ..runs.receipt import KEY, seal, verify
-from ..runs.record import find_run, latest_bundle
+from ..runs.record import best_run, find_run, latest_bundle
 
 # %% ../../nbs/56_bundle.gate.ipynb #c3c79ad0
 if TYPE_CHECKING:
@@ -529,6 +529,8 @@ def _check_slices(
 ) -> dict[str, str]:
     "Is it worse anywhere?"
     rows = found["slices"]
+    if blind := _unseen(rows):
+        return _check("slices", "refuse", f"hardly ever said where it is right, less often than by chance: {blind}")
     if found["paired"] is None:
         worst = min(rows, key=lambda r: r["challenger"]["acc"])
         says = f"{worst['by']} {worst['slice']}, {worst['challenger']['acc']:.2%} of {worst['n']:,}"
@@ -541,6 +543,13 @@ def _check_slices(
     worse.sort(key=lambda x: x[0])
     says = "; ".join(f"{r['by']} {r['slice']} {_points(d)} ({_p(r['p'])}, n = {r['n']:,})" for d, r in worse[:3])
     return _check("slices", "refuse", f"worse in {len(worse)} of {len(rows)}: {says}")
+
+
+def _unseen(rows: Sequence[Mapping[str, Any]]) -> str:
+    "The classes that a model recognises less often than a blind guess among all would, even with luck."
+    classes = [r for r in rows if r["by"] == "class"]
+    low = [r for r in classes if r["challenger"]["high"] < 1 / len(classes)]
+    return "; ".join(f"class {r['slice']}, {r['challenger']['acc']:.2%} of {r['n']:,}" for r in low)
 
 # %% ../../nbs/56_bundle.gate.ipynb #caa4e138
 def _check_calibration(
@@ -634,6 +643,13 @@ def _verdict(
 
 # %% ../../nbs/56_bundle.gate.ipynb #dbe01df5
 _FORMAT = 1
+_MARKS = {
+    "refuse": "**✗ refuse**",
+    "keep": "**? keep**",
+    "allow": "**! allow**",
+    "promote": "✓ promote",
+    "fine": "fine",
+}
 
 
 @dataclass(frozen=True)
@@ -683,12 +699,14 @@ class Decision:
             for c in self.checks
             if c["check"] == "executed notebook" and ";" in c["says"]
         ]
-        more = [line for line in (*self.elsewhere, *notes) if line not in self.reasons]
+        doubts = [f"{c['check']}: {c['says']}" for c in self.checks if c["state"] in ("refuse", "keep", "allow")]
+        more = [line for line in (*doubts, *self.elsewhere, *notes) if line not in self.reasons]
         return "\n".join([f"{self.verdict}: {self.task}", *(f"  {line}" for line in (*self.reasons, *more))])
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {c['check']} | {c['state']} | {c['says']} |".replace("\n", " ") for c in self.checks]
-        return "\n".join([f"**{self.verdict}**", "", "| check | | |", "|---|---|---|", *rows])
+        ranked = sorted(self.checks, key=lambda c: list(_MARKS).index(c["state"]))  # faults first
+        rows = [f"| {c['check']} | {_MARKS[c['state']]} | {c['says']} |".replace("\n", " ") for c in ranked]
+        return "\n".join([f"**{self.verdict}**", "", "| check | state | what was found |", "|---|---|---|", *rows])
 
 # %% ../../nbs/56_bundle.gate.ipynb #b78a25f9
 def read_decision(
@@ -827,7 +845,10 @@ def show_slices(
         raise GateError("nothing was measured: " + "; ".join(decision.reasons))
     gap = [abs(r["challenger"]["acc"] - (r["champion"] or r["challenger"])["acc"]) for r in rows]
     shown = [rows[i] for i in sorted(sorted(range(len(rows)), key=lambda i: -gap[i])[:most])][::-1]
-    figure, ax = _figure(7, 0.8 + 0.27 * len(shown))
+    low = min(rows, key=lambda r: r["challenger"]["acc"])
+    weakest = f"{low['by']} {low['slice']}, {low['challenger']['acc']:.2%} of {low['n']:,}"
+    alt = f"The challenger's accuracy in {len(shown)} of {len(rows)} slices; its weakest is {weakest}"
+    figure, ax = _figure(7, 0.8 + 0.27 * len(shown), alt)
     for side, colour, shift in (("challenger", "tab:blue", 0.14), ("champion", "tab:orange", -0.14)):
         found = [(i + shift, r[side]) for i, r in enumerate(shown) if r[side]]
         if found:
@@ -850,7 +871,9 @@ def show_calibration(
     if not sides:
         raise GateError("nothing was measured: " + "; ".join(decision.reasons))
     names = [n for n in ("challenger", "champion") if n in sides]
-    figure, axes = _figure(3.6 * len(names), 3.2, ncols=len(names), sharey=True, squeeze=False)
+    errors = (f"{n} {decision.evidence['scores'][n]['ece']:.4f}" for n in names)
+    alt = f"Confidence against accuracy; calibration error: {', '.join(errors)}"
+    figure, axes = _figure(3.6 * len(names), 3.2, alt, ncols=len(names), sharey=True, squeeze=False)
     for ax, name, colour in zip(axes[0], names, ("tab:blue", "tab:orange"), strict=False):
         keys = ("from", "to", "confidence", "accuracy", "low", "high")
         left, right, x, y, low, high = (np.array([r[k] for r in sides[name]]) for k in keys)
@@ -975,13 +998,17 @@ def approval(
 
 # %% ../../nbs/56_bundle.gate.ipynb #4dea3d8a
 def find_challenger(
-    name: str = "",  # a bundle's folder, a run's folder or id, a version in the registry; "": of the last finished run
+    name: str = "",  # a bundle's folder, a run's folder or id, a version in the registry, "best"; "": the last run's
     task: str = "",  # of this task
     registry: "Registry | None" = None,  # where versions are looked up
 ) -> Bundle:  # checked
     "The model that wants to be promoted."
     if not name:
         return open_bundle(latest_bundle(task))
+    if name == "best":
+        if not task:
+            raise GateError("best: expected a task to look for the best run of; add --task, or `-p task`")
+        return open_bundle(best_run(task)[0]["path"] / "bundle")
     for folder in (Path(name), Path(name) / "bundle"):
         if (folder / "manifest.json").is_file():
             return open_bundle(folder)

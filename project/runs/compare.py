@@ -93,7 +93,10 @@ def _sittings(record: Mapping[str, Any]) -> str:
     if len(sat) < 2:
         return ",".join(filter(None, [record.get("started", "-"), took]))
     said = [
-        s["started"] + (f" (after {s['from']})" if s.get("from") else "") + " on another machine" * ("environment" in s)
+        s["started"]
+        + (f" (after {s['from']})" if s.get("from") else "")
+        + (f", {_duration(s['seconds'])}" if s.get("seconds") is not None else "")
+        + " on another machine" * ("environment" in s)
         for s in sat
     ]
     return f"{len(sat)} sittings: {'; '.join(said)}; the last{took}"

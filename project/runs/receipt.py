@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECEIPT', 'KEY', 'STATES', 'hash_code', 'code_hashes', 'prose_hash', 'outputs_hash', 'code_dir', 'package_hashes',
-           'used_modules', 'OtherCode', 'check_code', 'loaded_modules', 'check_loaded', 'seal', 'make_receipt',
-           'Verdict', 'verify']
+           'used_modules', 'OtherCode', 'check_code', 'not_exported', 'loaded_modules', 'check_loaded', 'seal',
+           'make_receipt', 'Verdict', 'verify']
 
 # %% ../../nbs/12_runs.receipt.ipynb #bf5ce3c3
 import ast
@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -163,6 +164,48 @@ def check_code(
             f"(`pip install -e .` in {root()}), or work in the one that is installed."
         )
 
+# %% ../../nbs/12_runs.receipt.ipynb #b6ebfbc0
+_SOURCE = re.compile(r"File to edit: \S*?([^/\s]+\.ipynb)\.")
+
+
+def _module_cells(text: str, notebook: str) -> dict[str, list[str]]:
+    "The lines that a module has of each cell of a notebook."
+    parts = re.split(r"^# %% (\S+) #(\S+)$", text, flags=re.MULTILINE)[1:]
+    found = zip(parts[::3], parts[1::3], parts[2::3], strict=True)
+    return {cell: body.strip("\n").split("\n") for path, cell, body in found if path.rsplit("/", 1)[-1] == notebook}
+
+
+def _book_cells(nb: Mapping[str, Any]) -> dict[str, list[str]]:
+    "The lines that a notebook exports of each cell, without those that address nbdev."
+    sources = {c.get("id", ""): _text(c["source"]).split("\n") for c in nb["cells"] if c["cell_type"] == "code"}
+    tagged = {i: s for i, s in sources.items() if any(re.match(r"#\|\s*exports?i?\s*$", line) for line in s)}
+    cells = {i: "\n".join(line for line in s if not line.startswith("#|")).strip("\n") for i, s in tagged.items()}
+    return {i: text.split("\n") for i, text in cells.items() if text}
+
+
+def _same_lines(here: list[str], there: list[str]) -> bool:
+    "Whether a module has the lines of a notebook; nbdev makes imports of the own package relative."
+    pairs = zip(here, there, strict=False)
+    same = all(a.rstrip() == b.rstrip() or re.match(r"\s*from \.", b) for a, b in pairs)
+    return len(here) == len(there) and same
+
+# %% ../../nbs/12_runs.receipt.ipynb #408b3120
+def not_exported(
+    modules: Iterable[str] | None = None,  # names of modules of ours; None: all
+) -> list[str]:  # notebooks, as paths in the repository
+    "The notebooks of this checkout whose exported cells are not those of the package: changed, and not exported."
+    folder, nbs, found = code_dir(), root() / "nbs", []
+    files = [folder.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in modules or ()]
+    for file in sorted(folder.rglob("*.py")) if modules is None else files:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        name = next(iter(_SOURCE.findall(text[:500])), "")
+        if not name or not (nbs / name).is_file():
+            continue
+        here, there = _book_cells(read_json(nbs / name)), _module_cells(text, name)
+        if list(here) != list(there) or not all(_same_lines(here[i], there[i]) for i in here):
+            found.append(f"nbs/{name}")
+    return found
+
 # %% ../../nbs/12_runs.receipt.ipynb #b0b24ae6
 _SEEN: dict[str, tuple[Any, str]] = {}  # module -> its spec, which a reload replaces; the hash of its file
 
@@ -290,12 +333,14 @@ def _broken_seal(receipt: Mapping[str, Any]) -> list[str]:
 def _forged(
     nb: Mapping[str, Any],  # an executed notebook
     receipt: Mapping[str, Any],  # its own
+    source: bool = False,  # whether it is the notebook itself, whose cells may be edited
 ) -> list[str]:
     "What of a notebook is not as its receipt says."
     found = _broken_seal(receipt)
-    if code_hashes(nb) != receipt["code_cells"]:
+    if not source and code_hashes(nb) != receipt["code_cells"]:
         found.append("code cells were changed after they were run")
-    if outputs_hash(nb) != receipt["outputs"]:
+    grown = source and len(code_hashes(nb)) != len(receipt["code_cells"])  # which outputs were whose, cannot be said
+    if not grown and outputs_hash(nb) != receipt["outputs"]:
         found.append("outputs, or how a cell ended, were changed after the run")
     given = nb["metadata"].get("papermill", {}).get("parameters", {})
     if hash_json(given) != hash_json(receipt["parameters"]) or _injected_hash(nb) != receipt["injected"]:
@@ -372,6 +417,15 @@ def _stale_data(said: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     now = read_json(manifest).get("hash", "")
     return ([f"the data was changed: {now[:12]} now, {data['hash'][:12]} then"] if now != data["hash"] else []), []
 
+# %% ../../nbs/12_runs.receipt.ipynb #4b8e01c6
+def _edited_code(nb: Mapping[str, Any], receipt: Mapping[str, Any]) -> list[str]:
+    "Which code cells of a notebook that holds its own outputs are not those that ran."
+    cells, then = _cells(nb, "code"), receipt["code_cells"]
+    if len(cells) != len(then):
+        return [f"the notebook has {len(cells)} code cells now, {len(then)} were run"]
+    changed = [i for i, (a, b) in enumerate(zip(then, code_hashes(nb), strict=True)) if a != b]
+    return [f"code cell {i} was edited since it was run: {_first_line(_text(cells[i]['source']))}" for i in changed]
+
 # %% ../../nbs/12_runs.receipt.ipynb #e77628c0
 def _read_notebook(
     path: Path,  # a notebook's file
@@ -386,12 +440,15 @@ def _read_notebook(
 def _state_of_source(
     nb: Mapping[str, Any],  # an executed notebook
     receipt: Mapping[str, Any],  # its own
+    own: bool = False,  # whether it is that notebook
 ) -> tuple[list[str], bool, list[str]]:  # what is stale, whether prose was changed, notes
     "Compare with the notebook it came from."
     name = receipt.get("notebook") or ""
     path = root() / name
     if not name or not path.is_file():
         return [], False, [f"the notebook it came from is not here ({name or 'unknown'}), so its code was not compared"]
+    if own:
+        return _edited_code(nb, receipt), prose_hash(nb) != receipt["prose"], []
     source = _read_notebook(path)
     return _stale_code(nb, source), prose_hash(source) != receipt["prose"], []
 
@@ -415,7 +472,8 @@ def verify(
         raise ValueError(
             f"{file}: its receipt has format {receipt['format']}, this one reads {RECEIPT}; upgrade `project`"
         )
-    forged = _forged(nb, receipt)
+    own = path.resolve() == (root() / (receipt.get("notebook") or "?")).resolve()
+    forged = _forged(nb, receipt, own)
     folders = {r["id"]: Path(runs or runs_dir()) / r["id"] for r in receipt["runs"]}
     here = {name: folder for name, folder in folders.items() if (folder / "run.json").is_file()}
     forged += [f for r in receipt["runs"] if r["id"] in here for f in _forged_record(here[r["id"]], r, receipt)]
@@ -425,10 +483,14 @@ def verify(
         return Verdict("FORGED", forged, notes, file)
     if receipt["status"] != "finished":
         return Verdict("HOLLOW", [f"{receipt['status']}: {receipt['reason']}".rstrip(": ")], notes, file)
-    stale, prose, more = _state_of_source(nb, receipt)
+    stale, prose, more = _state_of_source(nb, receipt, own)
     data = [_stale_data(r) for r in receipt["runs"]]
     stale += _stale_modules(receipt) + [s for found, _ in data for s in found]
     notes += more + [n for _, left in data for n in left] + _skipped(nb)
+    notes += [
+        f"{name} was changed and not exported when it ran, so it is not what ran"
+        for name in receipt.get("not_exported", [])
+    ]
     if stale:
         return Verdict("STALE", stale, notes, file)
     return (

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'parameters', 'Run', 'new_run_id', 'identity', 'last_run', 'start_run', 'list_runs', 'find_run',
-           'latest_bundle', 'run_table', 'run_value', 'select_runs']
+           'latest_bundle', 'best_run', 'run_table', 'run_value', 'select_runs']
 
 # %% ../../nbs/16_runs.record.ipynb #caf12be0
 import atexit
@@ -17,18 +17,30 @@ import secrets
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ..core import environment, git_state, hash_json, nearest, read_json, runs_dir, show_path, write_text
+from project.core import (
+    _duration,
+    data_dir,
+    environment,
+    git_state,
+    hash_json,
+    nearest,
+    read_json,
+    runs_dir,
+    show_path,
+    write_text,
+)
 from ..core import root as _root
 from ..locks import Lock, is_alive, process_mark
 from .contract import PAPERMILL_NAMES, check_namespace, same_value, say_value, value_key
 from .engine import leave_note, save_record
-from .receipt import check_loaded, code_hashes, loaded_modules, package_hashes, used_modules
+from .receipt import check_loaded, code_hashes, loaded_modules, not_exported, package_hashes, used_modules
 
 # %% ../../nbs/16_runs.record.ipynb #e8be116b
 def _is_json(
@@ -94,6 +106,19 @@ class Run:
         path = self.path / "checkpoints" / "last.ckpt"
         return path if path.is_file() else None
 
+    @property
+    def taken_up(self) -> str:
+        "Of a run that is gone on with: since when, how far it was, and how to start anew; else empty."
+        if len(sat := self.record["sittings"]) < 2:
+            return ""
+        left = sat[-1].get("left") or sat[-2]["started"]
+        away = datetime.fromisoformat(sat[-1]["started"]) - datetime.fromisoformat(left)
+        ago = _duration(max(0.0, away.total_seconds()))
+        epochs = max([0, *(int(r.get("epoch", 0)) for r in self.rows)])
+        far = f"after {epochs} finished epoch{'s' * (epochs != 1)}" if epochs else "before its first epoch was finished"
+        what = f"going on with {self.id}, which was {sat[-1]['from']} {ago} ago {far}"
+        return f"{what}. To start anew: resume = False among the parameters, or -p resume False"
+
     def update(self, **fields: Any) -> None:
         "Set fields of the record and write it."
         self.record.update(fields)
@@ -112,6 +137,7 @@ class Run:
         "Close the record: how it ended, its final metrics, how long it took."
         seconds = round(time.monotonic() - self.began, 1)
         final = {**self.record["metrics"], **(metrics or {})}
+        self.record["sittings"][-1]["seconds"] = seconds
         self.update(status=status, reason=reason, ended=_now(), seconds=seconds, metrics=final)
         if self.lock:
             self.lock.release()
@@ -232,6 +258,9 @@ def _go_on(
     if path in _OPEN:
         _let_go(path)
         record = _read_record(path)
+    signs = [p.stat().st_mtime for p in (path / ".alive", path / "metrics.csv") if p.is_file()]
+    seen = datetime.fromtimestamp(max(signs), UTC).isoformat(timespec="seconds") if signs else record["started"]
+    left = record.get("ended") or seen  # what was killed could not write its end
     run = Run(path, record, _read_metrics(path / "metrics.csv"))
     if not _take(run):
         by = f"process {process['pid']} on {process['host']} since {record['sittings'][-1]['started']}"
@@ -242,7 +271,7 @@ def _go_on(
     before, now = record.get("environment") or {}, environment()
     if any(before.get(k) != v for k, v in now.items()):  # another machine: the earlier sittings keep theirs
         record["sittings"][-1]["environment"], record["environment"] = before, now
-    record["sittings"].append({"started": _now(), "from": record["status"]})
+    record["sittings"].append({"started": _now(), "from": record["status"], "left": left})
     run.update(status="running", reason="", ended=None, process=process_mark())
     return run
 
@@ -363,14 +392,15 @@ def start_run(
     same = identity(notebook, asked, data or {})
     if resume and (record := _unfinished(same, folder)):
         run = _go_on(record)
-        print(f"going on with {run.id}, which was {run.record['sittings'][-1]['from']}")
+        print(run.taken_up)
     else:
         if resume:
             _say_why_not(folder, notebook, asked)
         fields = {"notebook": notebook, "parameters": asked, "data": dict(data or {}), "identity": same}
         run = _new_run(task, folder, fields | {"code": git_state(), "environment": environment()})
     _OPEN[run.path] = run
-    leave_note(run.path, modules=loaded_modules())
+    if not leave_note(run.path, modules=loaded_modules()) and (stale := not_exported(loaded_modules())):
+        print(f"changed and not exported: {', '.join(stale)}; what runs is the package (`make notebooks`)")
     atexit.register(_close_unfinished, run)
     return run
 
@@ -458,9 +488,58 @@ def latest_bundle(
     finished = list_runs(root, task, "finished")
     if having := [r for r in finished if (r["path"] / "bundle" / "manifest.json").is_file()]:
         return Path(last_run(having)["path"]) / "bundle"
-    raise ValueError(
-        f"no finished run with a bundle in {root or runs_dir()}; `make train` makes one, or give the path of a bundle"
-    )
+    raise ValueError(f"no finished run with a bundle{_of(task, root)}; `make train` makes one, or give a bundle's path")
+
+
+def _of(task: str, root: str | Path | None) -> str:
+    "Which runs were looked at; of a task that has none, which have some."
+    others = dict.fromkeys(str(r.get("task")) for r in list_runs(root, status="finished")) if task else {}
+    there = f", where there are finished runs of {', '.join(others)}" if others and task not in others else ""
+    return f"{f' of {task}' if task else ''} in {root or runs_dir()}{there}"
+
+# %% ../../nbs/16_runs.record.ipynb #5d04c135
+def _faults(
+    record: Mapping[str, Any],  # of a finished run, with its folder as "path"
+    data: str,  # hash of the data that is here; "": unknown
+) -> list[str]:  # empty: nothing speaks against its model
+    "Why a run's model is not one to put into service unseen."
+    try:
+        manifest = read_json(Path(record["path"]) / "bundle" / "manifest.json")
+    except (OSError, ValueError):
+        return ["without a bundle"]
+    limited = record["parameters"].get("limit_batches") or manifest.get("partial")
+    other = data and (record.get("data") or {}).get("hash") != data
+    dirty = (record.get("code") or {}).get("dirty")
+    told = {"trained in part": limited, "on other data": other, "with uncommitted changes": dirty}
+    return [fault for fault, so in told.items() if so]
+
+
+def _data_hash(task: str) -> str:
+    "The hash of a task's data, where it is here."
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return str(read_json(data_dir() / task / "manifest.json").get("hash") or "")
+    return ""
+
+# %% ../../nbs/16_runs.record.ipynb #8f0ed2e7
+def best_run(
+    task: str,  # of this task
+    root: str | Path | None = None,  # folder of the runs; None: `runs_dir()`
+) -> tuple[dict[str, Any], str]:  # its record, with its folder as "path", and why it is that one
+    "The finished run whose model is the one to serve; one with uncommitted changes only where there is no other."
+    data, finished = _data_hash(task), list_runs(root, task, "finished")
+    faults = {r["id"]: _faults(r, data) for r in finished}
+    clean = [r for r in finished if not faults[r["id"]]]
+    found = clean or [r for r in finished if faults[r["id"]] == ["with uncommitted changes"]]
+    many = Counter(fault for told in faults.values() for fault in told[:1])
+    passed = ", ".join(f"{n} {fault}" for fault, n in many.items() if clean or fault != "with uncommitted changes")
+    if not found:
+        why = f": {passed}" if passed else ""
+        raise ValueError(f"no finished run to serve{_of(task, root)}{why}; `make train` makes one")
+    name = next((m for m in ("val/acc", "test/acc") if all(m in r["metrics"] for r in found)), "")
+    best = max(found, key=lambda r: r["metrics"].get(name, 0.0)) if name else found[-1]
+    score = f"{name} {best['metrics'][name]:.4f}, the highest" if name else "the last"
+    kind = "clean, whole runs" if clean else "whole runs, all with uncommitted changes"
+    return best, f"{best['id']}: {score} of {len(found)} {kind}" + (f" (passed over: {passed})" if passed else "")
 
 # %% ../../nbs/16_runs.record.ipynb #2214606f
 def _varying(
@@ -524,11 +603,9 @@ def select_runs(
         if not (found := _CONDITION.fullmatch(text)):
             raise ValueError(f"expected a condition such as 'test/acc>0.9' or 'recipe=fast', got {text!r}")
         name, sign, wanted = found.groups()
+        _check_known(records, name)
         records = [r for r in records if _holds(run_value(r, name), sign, wanted)]
-    name = sort.removeprefix("-")
-    if name and records and all(run_value(r, name) is None for r in records):
-        known = sorted({k for r in records for k in (*r["metrics"], *r["parameters"])})
-        raise ValueError(f"none of these runs has {name!r}.{nearest(name, known)}")
+    _check_known(records, name := sort.removeprefix("-"))
     has = [r for r in records if name and run_value(r, name) is not None]
     has.sort(key=lambda r: _rank(run_value(r, name)), reverse=sort.startswith("-"))
     return has + [r for r in records if not any(r is h for h in has)]
@@ -548,3 +625,15 @@ def _holds(value: Any, sign: str, text: str) -> bool:
     if not isinstance(value, (int, float)) or not isinstance(wanted, (int, float)):
         return False
     return {"<": value < wanted, ">": value > wanted, "<=": value <= wanted, ">=": value >= wanted}[sign]
+
+
+def _check_known(records: Sequence[Mapping[str, Any]], name: str) -> None:
+    "Raise for a name that none of these runs has a value of; the message says what they have."
+    if not name or not records or any(run_value(r, name) is not None for r in records):
+        return
+    plain = {k for r in records for k, v in r.items() if isinstance(v, (str, int, float)) and k != "path"}
+    kinds = {"metrics": {k for r in records for k in r["metrics"]}}
+    kinds |= {"parameters": {k for r in records for k in r["parameters"]}, "fields": plain}
+    there = "; ".join(f"{kind} {', '.join(sorted(names))}" for kind, names in kinds.items() if names)
+    near = nearest(name, sorted(set().union(*kinds.values())))
+    raise ValueError(f"none of these runs has {name!r}.{near} There are {there}.")

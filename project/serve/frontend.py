@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
-from ..core import atomic_path, nearest
+from ..core import atomic_path, check_variables
 from . import limits
 from .client import ClientError, _address, _Http, _words
-from .limits import Call, Limits, Problem, _one, _setting, json_body
+from .limits import _PREFIX, Call, Limits, Problem, _one, _setting, json_body
 
 # %% ../../nbs/69_serve.frontend.ipynb #afdaae14
 _log = logging.getLogger("project.serve")
@@ -52,9 +52,12 @@ class Settings:
     queue: int = _setting(64, "PROJECT_FRONTEND_QUEUE", "questions that wait; more are told to come again")
     max_bytes: int = _setting(10_000_000, "PROJECT_SERVE_MAX_BYTES", "bytes of an upload, as of the service")
     max_kept: int = _setting(500_000_000, "PROJECT_FRONTEND_KEPT", "bytes of all uploads; each is kept for ten minutes")
+    root_path: str = _setting("", "PROJECT_FRONTEND_ROOT_PATH", "path below which a proxy shows the page, as /ask")
 
     def __post_init__(self) -> None:
         _address(self.url)
+        if self.root_path and not _PREFIX.fullmatch(self.root_path):
+            raise ValueError(f"PROJECT_FRONTEND_ROOT_PATH: expected a path such as /ask, found {self.root_path!r}")
         for f in fields(self):
             least, most = (0, 65_535) if f.name == "port" else (1, 10**15)
             if isinstance(f.default, int) and not least <= (value := getattr(self, f.name)) <= most:
@@ -65,12 +68,10 @@ def read_settings(
     env: Mapping[str, str] | None = None,  # environment variables; None: this process's
     **given: Any,  # fields that were said in another way; None: nothing was said
 ) -> Settings:  # checked
-    "Read the page's settings; a name that is nearly one of ours is refused."
+    "Read the page's settings; a name that nothing reads is refused."
     env = os.environ if env is None else env
     known = {f.metadata["env"]: f for f in fields(Settings)}
-    for name in env:
-        if name.startswith("PROJECT_FRONTEND_") and name not in known:
-            raise ValueError(f"{name}: there is no such setting.{nearest(name, known)}")
+    check_variables(env, [f.metadata["env"] for f in fields(limits.Settings)])
     told = {f.name: _one(env[e].strip(), f.default, e) for e, f in known.items() if env.get(e, "").strip()}
     return Settings(**(told | {k: v for k, v in given.items() if v is not None}))
 
@@ -552,7 +553,7 @@ def build_page(
 # %% ../../nbs/69_serve.frontend.ipynb #094749aa
 _OPEN = re.compile(
     r"/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|health/live|(assets|static)/.+"
-    r"|models/[^/]+/(card|lineage)|predictions/[\w-]+"
+    r"|models/[^/]+/(card|notebook|lineage)|predictions/[\w-]+"
     r"|gradio_api/(info|startup-events|heartbeat/\w+|queue/(join|data)|call/\w+(/\w+)?|upload|upload_progress|reset)"
     r"/?)?"
 )
@@ -634,7 +635,7 @@ class Marked:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         "Answer one request."
-        path = scope.get("path", "")
+        path = scope.get("path", "")[len(scope.get("root_path", "")) :]
         policy = _NOTHING if path.startswith("/gradio_api/file=") else _POLICY
         wanted = {b"content-security-policy": policy.encode(), b"referrer-policy": b"no-referrer"}
         if path.startswith(("/assets/", "/static/")):  # the same for all visitors, and large
@@ -687,15 +688,18 @@ def create_app(
 
     desk = Desk(Service(settings.url, settings.key), folder)
     blocks = build_page(gr, desk, settings.queue)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _hand_on(app, desk)
     closed = dict.fromkeys(("run_history", "show_error", "ssr_mode", "enable_monitoring", "pwa", "mcp_server"), False)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     shown = {"footer_links": [], "css": _CSS, "head": _HEAD, "theme": theme}
-    gr.mount_gradio_app(app, blocks, "/", max_file_size=settings.max_bytes, **shown, **closed)
+    gr.mount_gradio_app(
+        app, blocks, "/", max_file_size=settings.max_bytes, **shown, **closed, root_path=settings.root_path
+    )
+    cast(Any, app.routes[-1]).app.router.redirect_slashes = False  # its redirects believe the Host header
     blocks.has_launched = True  # gradio's own check of paths begins here
     app.add_middleware(Marked)
-    held = limits.Settings(max_bytes=settings.max_bytes, max_requests=1024)
+    held = limits.Settings(max_bytes=settings.max_bytes, max_requests=1024, root_path=settings.root_path)
     app.add_middleware(cast(Any, Limits), settings=held, lane=door(settings, folder))
     app.state.desk = desk
     return app
@@ -713,12 +717,13 @@ def launch(
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is deleted
     with tempfile.TemporaryDirectory(prefix="project-frontend-") as name:
         app = create_app(settings, Path(name).resolve())
-        import uvicorn  # comes with gradio, whose absence is told first
+        from project.serve.process import is_loopback, run_server  # with uvicorn, after gradio's absence is told
 
+        if settings.key and not is_loopback(settings.host):
+            _log.warning("OPEN DOOR: whoever reaches %s asks with this page's API key", settings.host)
         if attempt(open_page, app.state.desk)["banner"]["visible"]:
             _log.warning("%s: no service that can be asked; the page starts all the same", settings.url)
-        config: dict[str, Any] = {"host": settings.host, "port": settings.port, "timeout_graceful_shutdown": 5}
-        uvicorn.run(app, ws="none", access_log=False, server_header=False, **config)
+        run_server(app, host=settings.host, port=settings.port, timeout_graceful_shutdown=5)
 
 # %% ../../nbs/69_serve.frontend.ipynb #d5db3d09
 def main(

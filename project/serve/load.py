@@ -145,7 +145,7 @@ def served_samples(
     listed = json.loads(_get(url, f"/samples/{quote(task)}", key))["samples"][:most]
     about = ("id", "label", "kind", "url")
     return [
-        image_sample(_get(url, row["url"], key))
+        image_sample(_get(url, f"/samples/{quote(task)}/{row['id']}", key))
         if row["kind"] == "image"
         else text_sample({k: v for k, v in row.items() if k not in about})
         for row in listed
@@ -508,7 +508,8 @@ def show_load(
     levels: Sequence[Level],  # at least one
 ) -> "Figure":
     "Latency and throughput over clients, and the server's memory over time."
-    figure, (left, middle, right) = _figure(11, 3, ncols=3)
+    told = (f"{level.clients} clients {level.per_second:,.0f} predictions a second" for level in levels)
+    figure, (left, middle, right) = _figure(11, 3, f"Load: {'; '.join(told)}", ncols=3)
     clients = [level.clients for level in levels]
     for percent in (50, 95, 99):
         left.plot(clients, [level.ms(percent) or math.nan for level in levels], "o-", markersize=3, label=f"p{percent}")

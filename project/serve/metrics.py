@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REQUESTS', 'ERRORS', 'LATENCY', 'BATCHES', 'QUEUE', 'MODEL', 'PREDICTIONS', 'CONFIDENCE', 'LOG_ROWS', 'LOG_WAITING',
-           'LOG_UP', 'WORKERS', 'FAMILIES', 'Family', 'shared_folder', 'Metrics']
+           'LOG_UP', 'TROUBLE', 'REGISTRY', 'WORKERS', 'FAMILIES', 'Family', 'shared_folder', 'Metrics']
 
 # %% ../../nbs/65_serve.metrics.ipynb #90b22805
 import contextlib
@@ -62,10 +62,20 @@ CONFIDENCE = Family("project_confidence", "histogram", "Confidence", ("task", "v
 LOG_ROWS = Family("project_log_rows", "counter", "Predictions logged, or dropped from the log", ("outcome",), 8)
 LOG_WAITING = Family("project_log_waiting_rows", "gauge", "Predictions that wait to be logged", (), 1)
 LOG_UP = Family("project_log_up", "gauge", "Workers whose log can be written", (), 1)
+TROUBLE = Family(
+    "project_task_trouble",
+    "gauge",
+    "What is not as it should be, 1 while it lasts",
+    ("task", "state"),
+    256,
+    merge="max",
+)
+REGISTRY = Family("project_registry_unreadable", "gauge", "Workers that cannot read the registry", (), 1)
 WORKERS = Family("project_workers", "gauge", "Workers that serve", (), 1)
 
 FAMILIES = (
     REQUESTS, ERRORS, LATENCY, BATCHES, QUEUE, MODEL, PREDICTIONS, CONFIDENCE, LOG_ROWS, LOG_WAITING, LOG_UP, WORKERS,
+    TROUBLE, REGISTRY,
 )  # fmt: skip
 _BY_NAME = {f.name: f for f in FAMILIES}
 
@@ -289,6 +299,7 @@ class _Observer:
                 self.folder = None
         self._lock = threading.Lock()
         self._serving: dict[str, str] = {}
+        self._troubles: dict[str, str] = {}
         self._set(WORKERS, (), 1)
 
     def _count(self, family: Family, labels: tuple[Any, ...], n: float = 1) -> None:
@@ -343,6 +354,15 @@ class Metrics(_Observer):
         for v, value in ((before, 0), (version, 1)):
             if v:
                 self._set(MODEL, (task, v), value)
+
+    def set_trouble(self, task: str, state: str) -> None:
+        "A task is not as it should be; an empty state: it is. An empty task is the registry itself."
+        if not task:
+            return self._set(REGISTRY, (), float(bool(state)))
+        before, self._troubles[task] = self._troubles.get(task, ""), state
+        for s, value in ((before, 0), (state, 1)):
+            if s:
+                self._set(TROUBLE, (task, s), value)
 
     def observe_log(self, state: Mapping[str, Any]) -> None:
         "What the prediction log says of itself: `PredictionLog(..., report=metrics.observe_log)`."
@@ -420,7 +440,7 @@ class _Snapshot:
         for family in FAMILIES:
             metric = kinds[family.kind](family.name, family.help, labels=family.labels)
             for (name, labels), numbers in sorted(self.totals.items()):
-                empty = not any(numbers) and (family is MODEL or (labels and labels == _other(family)))
+                empty = not any(numbers) and (family in (MODEL, TROUBLE) or (labels and labels == _other(family)))
                 if name != family.name or empty:
                     continue
                 if family.kind == "histogram":

@@ -205,6 +205,12 @@ details .facts{margin-top:0;border:0;padding-top:.25rem}
 .facts .facts{padding:0 0 .25rem}.facts .facts .facts{grid-template-columns:1fr}
 .facts details{margin:0;border:0;padding:0}.facts summary{min-height:2.75rem;font-weight:400}
 .facts dt:has(+dd>details){align-self:start;padding-top:.75rem}
+.chain{list-style:none;padding:.25rem 0 0;display:grid;gap:.5rem;font-size:.875rem}
+.chain li{display:grid;grid-template-columns:6rem minmax(0,1fr);gap:.875rem}
+.chain strong{color:var(--muted);font-weight:400}
+.chain .bad,.chain .bad strong{color:var(--bad);font-weight:600}
+.chain details{margin:0;border:0;padding:0}.chain summary{font-weight:400}.chain dl{padding-left:1rem}
+.notices{border-color:var(--edge)}.notices ul{margin:0;padding-left:1.25rem}
 .problem{background:var(--bad-soft);border:1px solid var(--bad);border-radius:.625rem;padding:1rem 1.25rem}
 .problem h3{font-size:1rem;color:var(--bad)}
 @media(max-width:40rem){.lineage dd:has(>.facts),.lineage dd:has(>details){grid-column:1/-1;padding-left:1rem}}
@@ -477,11 +483,52 @@ async function lineage(details, task) {
   const place = find('.lineage', details);
   if (!details.open || place.childElementCount) return;
   try {
-    const found = tree(await ask(`models/${encodeURIComponent(task)}/lineage`));
-    place.replaceChildren(...(found.tagName === 'DETAILS' ? [found.lastElementChild] : [found]));
+    place.replaceChildren(chain(task, await ask(`models/${encodeURIComponent(task)}/lineage`)));
   } catch (e) {
     place.textContent = `${e.title ?? e}: ${e.detail ?? ''}`;
   }
+}
+"""
+
+# %% ../../nbs/67_serve.page.ipynb #85d2a126
+_CHAIN = """
+function step(list, name, ...content) {
+  const known = content.filter(Boolean), isFold = (part) => part.tagName === 'DETAILS';
+  if (!known.length) return;
+  const [item, title, told] = ['li', 'strong', 'div'].map((tag) => document.createElement(tag));
+  title.textContent = name;
+  told.append(...known.flatMap((part, i) => i && !isFold(part) ? [' \u00b7 ', part] : [part]));
+  item.append(title, ' ', told);
+  list.append(item);
+}
+
+function folded(name, values) {
+  const fold = copy('fold'), list = document.createElement('dl');
+  list.className = 'facts';
+  for (const [key, value] of Object.entries(values ?? {}))
+    if (value !== null && value !== '') fact(list, readable(key), tree(value));
+  find('summary', fold).textContent = `${name}: ${plural(list.childElementCount / 2, 'value')}`;
+  fold.append(list);
+  return list.childElementCount ? fold : null;
+}
+
+function chain(task, found) {
+  const base = `models/${encodeURIComponent(task)}`, list = document.createElement('ol');
+  const book = found.notebook, files = Object.keys(found.bundle?.files ?? {}).length;
+  const whole = (text) => text ? leaf(text) : null;
+  list.className = 'chain';
+  for (const problem of found.problems ?? []) step(list, 'Problem', problem);
+  step(list, 'Version', whole(found.version), found.added && `added ${found.added.slice(0, 10)}`,
+    found.aliases?.length && found.aliases.join(', '), link(`${base}/card`, 'card'));
+  step(list, 'Bundle', whole(found.bundle?.hash), files && plural(files, 'file'));
+  step(list, 'Run', whole(found.run), folded('Parameters', found.parameters));
+  step(list, 'Notebook', book?.source, book?.status, book && link(`${base}/notebook`, 'as it was executed'));
+  step(list, 'Code', whole(found.commit), found.uncommitted_changes && 'with uncommitted changes');
+  step(list, 'Data', whole(found.data_hash));
+  step(list, 'Environment', folded('Packages', found.environment));
+  step(list, 'All of it', link(`${base}/lineage`, 'as JSON'));
+  for (const item of list.children) if (item.firstChild.textContent === 'Problem') item.className = 'bad';
+  return list;
 }
 """
 
@@ -787,6 +834,19 @@ def _key_field(
         '<p class="small" id="about-key">This service answers those who have one. It is not stored.</p></section>'
     )
 
+# %% ../../nbs/67_serve.page.ipynb #b63474b6
+def _notices(
+    notices: Sequence[str],  # sentences
+) -> str:  # HTML
+    "What is not as it should be with the service, told where everybody sees it."
+    if not notices:
+        return ""
+    items = "".join(f"<li>{_text(notice)}</li>" for notice in notices)
+    return (
+        f'<section class="card wide notices" aria-labelledby="notices"><h2 id="notices">What to know</h2>'
+        f"<ul>{items}</ul></section>"
+    )
+
 # %% ../../nbs/67_serve.page.ipynb #cd8e15be
 def _work(
     models: Sequence[Mapping[str, Any]],  # entries of GET /models
@@ -812,13 +872,13 @@ def _work(
 # %% ../../nbs/67_serve.page.ipynb #95b298f4
 def _script() -> str:  # JavaScript
     "All of the script, in the order that it was told in."
-    parts = [_ASK, _FETCH, _SHOW, _PIECES, _LINEAGE, _RESULT, _SHOW_ALL, _FEEDBACK, _PREDICT, _GIVEN]
+    parts = [_ASK, _FETCH, _SHOW, _PIECES, _LINEAGE, _CHAIN, _RESULT, _SHOW_ALL, _FEEDBACK, _PREDICT, _GIVEN]
     return "".join([*parts, _SAMPLES, _SHELF, _EVENTS, _CONTROLLED, _ANYWHERE])
 
 
 def page(
     models: Sequence[Mapping[str, Any]],  # entries of GET /models
-    settings: Mapping[str, Any],  # nonce; optional: max_bytes, keys, key_header, docs, version, timeout
+    settings: Mapping[str, Any],  # nonce; optional: max_bytes, keys, key_header, docs, version, timeout, notices
 ) -> str:  # HTML
     "The web page, complete; it belongs with `page_headers` of the same nonce."
     nonce, keys = _text(settings["nonce"]), bool(settings.get("keys"))
@@ -840,7 +900,7 @@ def page(
 <body><a class="skip" href="#work">Skip to the input</a>
 <header><h1>Ask a model</h1>
 <p>Give it an image or a text; see what it says, and where that comes from.</p>{docs}</header>
-<main>{_key_field(keys)}{_work(models, settings) if models else _NOTHING}
+<main>{_notices(settings.get("notices") or ())}{_key_field(keys)}{_work(models, settings) if models else _NOTHING}
 <noscript><p class="card wide">This page needs JavaScript. A command line does not:
 <code>curl -F file=@image.png {example}</code> on this address.</p></noscript></main>
 <footer><p>Answers are a model's, and can be wrong{version}</p></footer>

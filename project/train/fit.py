@@ -124,8 +124,8 @@ class _Display(pl.Callback):
         self.batch_size, self.every = batch_size, every
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero:  # one display, whatever the number of processes
-            self.bar = progress(pl_module.steps, "train", "steps")
+        if trainer.is_global_zero and trainer.global_step < pl_module.steps:  # one display for all processes
+            self.bar = progress(pl_module.steps, "train", "steps", done=trainer.global_step)
         self.shown, self.last = trainer.global_step, time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
@@ -144,6 +144,8 @@ class _Display(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if hasattr(self, "bar"):
+            if more := trainer.global_step - self.shown:
+                self.bar.update(more)
             self.bar.close()
 
 # %% ../../nbs/42_train.fit.ipynb #5e1f0a02
@@ -263,6 +265,11 @@ def _rows(
     "The history in a checkpoint."
     return state["callbacks"][_History.__qualname__]["rows"]
 
+
+def _seconds_before(resume_from: str | Path | None) -> float:
+    "How long the earlier sittings of a training have trained."
+    return float(_read_checkpoint(resume_from)["callbacks"][_History.__qualname__]["seconds"]) if resume_from else 0.0
+
 # %% ../../nbs/42_train.fit.ipynb #19e24186
 class _Device(pl.Callback):
     "What the training runs on; in a checkpoint, because with several devices it is known to their processes only."
@@ -363,6 +370,7 @@ class Fit:
     trainer: pl.Trainer  # Lightning's
     tokenizer: Any = None  # of texts
     environment: dict[str, Any] = field(default_factory=dict)  # of the device, as `describe_device` says it
+    earlier: float = 0.0  # of `seconds`: in earlier sittings of a run that was gone on with
     cached: dict[str, float] = field(default_factory=dict)  # "tokens", "features" found there -> part of `seconds`
 
     def __repr__(self) -> str:
@@ -558,6 +566,7 @@ def _result(
     module: Any = trainer.lightning_module
     net = load_net(module.net.cpu(), best_ckpt)
     where = where or describe_device(trainer.strategy.root_device)  # the module is back on the CPU by now
+    what["earlier"] = min(what["earlier"], rows[-1]["seconds"])  # a checkpoint is written after its last row
     speed = float(np.median([row["images_per_s"] for row in rows]))
     if isinstance(p.net, Probe):  # it reads features, and the images were read before
         speed = 1 / (1 / speed + p.seconds / (rows[-1]["step"] * batch_size))
@@ -627,8 +636,7 @@ def fit(
     _whole("early_stopping", early_stopping, 0)
     _number("checkpoint_every", checkpoint_every, 0, 1e9)
     kind, many = _where(accelerator, devices)
-    if resume_from:
-        _read_checkpoint(resume_from)  # refused before anything is computed
+    earlier = _seconds_before(resume_from)  # a damaged checkpoint is refused before anything is computed
     p = prepare(recipe, data, seed)
     train, val = make_loaders(recipe, p, seed, limit_batches)
     _check_parts(train, many)
@@ -663,5 +671,5 @@ def fit(
         where = state["callbacks"].get(_Device.__qualname__, {}) | {"device": f"{many} x {kind}"}
         _replay(rows, loggers, on_metrics)  # also what a sitting that was killed could not tell
     served = _served(rows, judged, last, (folder, Path(resume_from or last).parent))
-    said: dict[str, Any] = {"precision": precision, "precision_reason": reason}
+    said: dict[str, Any] = {"precision": precision, "precision_reason": reason, "earlier": earlier}
     return _result(trainer, p, rows, losses, batch_size=recipe.batch_size, where=where, **served, **said)

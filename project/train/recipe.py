@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_MODELS', 'TEXT_MODELS', 'MODELS', 'HUBS', 'OPTIMIZERS', 'SCHEDULES', 'FLIPS', 'TRAIN_ON', 'PRECISIONS',
-           'ACCELERATORS', 'PROFILES', 'WANDB_MODES', 'RECIPES', 'DEFAULT_RECIPE', 'Recipe', 'reads', 'get_recipe',
-           'check_train']
+           'ACCELERATORS', 'PROFILES', 'WANDB_MODES', 'RECIPES', 'DEFAULT_RECIPE', 'Recipe', 'split_plan', 'reads',
+           'get_recipe', 'check_train']
 
 # %% ../../nbs/38_train.recipe.ipynb #7b9c175b
 import dataclasses
@@ -175,6 +175,38 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, check in _RULES.items():
             check(getattr(self, name))
+
+# %% ../../nbs/38_train.recipe.ipynb #033af05e
+_OF_IMAGES: tuple[str, ...] = (
+    "flip",
+    "shift",
+    "cutout",
+    "small",
+    "small_share",
+    "crop",
+    "crop_scale",
+    "rotate",
+    "colour",
+    "erase",
+)
+_OF_IMAGES += ("mixup", "tta")
+_OF_TEXTS = ("max_length", "word_dropout")
+_WHERE = {"small_share": "small", "crop_scale": "crop"}  # field -> the one without which it has no effect
+_OFF = ("none", 0, False)
+
+
+def split_plan(
+    recipe: Recipe,  # what to train and how
+    kind: str,  # of the inputs: "image" or "text"
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fields that have an effect, and the others
+    "The fields of a recipe, those apart that are about other inputs, or switched off."
+    own = dataclasses.asdict(recipe)
+    foreign = _OF_TEXTS if kind == "image" else _OF_IMAGES
+    off = {k for k in (*_OF_IMAGES, *_OF_TEXTS, "dropout", "frozen") if own[k] in _OFF}
+    off |= {k for k, other in _WHERE.items() if other in off}
+    off |= {"backbone_lr"} if own["backbone_lr"] == 1 else set()
+    idle = {k: v for k, v in own.items() if k in off or k in foreign}
+    return {k: v for k, v in own.items() if k not in idle}, idle
 
 # %% ../../nbs/38_train.recipe.ipynb #318a0105
 RECIPES: dict[str, dict[str, Recipe]] = {}
