@@ -275,7 +275,7 @@ _ASIDE = ("scene", "none")  # folders of what only sets a scene, and of what mus
 def _places(folder: Path, scene: bool, stage: bool) -> dict[str, str]:
     "Variables of a kernel: runs of a scene lie aside, and its models are found by what it is set for alone."
     runs, models = folder / ("scene" if scene else "") / "runs", folder / ("" if stage else "none") / "registry"
-    own = {"RUNS": runs, "REGISTRY": models, "PREDICTIONS": folder / "predictions"}
+    own = {"RUNS": runs, "REGISTRY": models}
     quiet = {"WANDB_API_KEY": "", "NETRC": str(folder / "netrc"), "WANDB_SILENT": "true", "WANDB_DIR": str(folder)}
     return {f"PROJECT_{name}": str(path) for name, path in own.items()} | quiet
 
@@ -285,22 +285,21 @@ def execute(
     folder: Path,  # an empty one
     progress: bool | None = None,  # papermill's bar; None: if somebody looks on
     small: Mapping[str, Any] | None = None,  # parameters for those that have them, for a smoke test
-) -> dict[str, dict[str, Any]]:  # name -> the executed notebook, cleaned, with its receipt
-    "Execute run notebooks by the engine, with their default parameters."
+) -> Iterator[tuple[str, dict[str, Any]]]:  # name, and the executed notebook, cleaned, with its receipt
+    "Execute run notebooks by the engine, one after another, with their default parameters."
     import papermill
 
     from project.runs.contract import load_contract
 
     known, folder = {p.stem: p for p in run_notebooks()}, folder.resolve()
-    made, bar = {}, os.isatty(2) if progress is None else progress
+    bar = os.isatty(2) if progress is None else progress
     for n, (name, values) in enumerate(plan(names, list(known))):
         target, source = folder / f"{n}-{name}.ipynb", str(known[name])
         given = values | {k: v for k, v in (small or {}).items() if k in load_contract(source).names}
         env = _places(folder, scene=bool(values), stage=bool(values) or name in _BEFORE)
         papermill.execute_notebook(source, str(target), given, progress_bar=bar, env=env, cwd=str(root()))
         if not values and name in names:
-            made[name] = clean(_read_notebook(target), folder)
-    return made
+            yield name, clean(_read_notebook(target), folder)
 
 # %% ../../nbs/18b_runs.fresh.ipynb #1fd0c0bd
 def _without(value: Any, folder: str) -> Any:
@@ -362,20 +361,27 @@ def write(
     progress: bool | None = None,  # papermill's bar; None: if somebody looks on
 ) -> list[Path]:  # what was written
     "Execute run notebooks and put their outputs and receipts into nbs/; `ValueError` where data is not the published."
-    known = {p.stem: p for p in run_notebooks()}
+    known, made = {p.stem: p for p in run_notebooks()}, []
     with tempfile.TemporaryDirectory(prefix="project-fresh-") as folder:
-        made = execute(names or list(known), Path(folder), progress)
-    for name, nb in made.items():
-        for task in nb["metadata"]["project"]["receipt"]["data"]:
-            if not read_json(data_dir() / task / "manifest.json").get("published"):
-                raise ValueError(
-                    f"{name} ran on data of {task} that is not the published; `project data build` finds it"
-                )
-    for name, nb in made.items():
-        with atomic_path(known[name]) as tmp:
-            text = json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False)
-            tmp.write_text(text + "\n", encoding="utf-8", newline="\n")
-    return [known[name] for name in made]
+        try:
+            for step in execute(names or list(known), Path(folder), progress):
+                made.append(step)
+        finally:  # what is made is kept if a later one fails; not written before, as a changed tree would be told
+            for name, nb in made:
+                _put(known[name], nb)
+    return [known[name] for name, _ in made]
+
+
+def _put(path: Path, nb: Mapping[str, Any]) -> None:
+    "Write an executed notebook, if it ran on published data."
+    for task in nb["metadata"]["project"]["receipt"]["data"]:
+        if not read_json(data_dir() / task / "manifest.json").get("published"):
+            raise ValueError(
+                f"{path.stem} ran on data of {task} that is not the published; `project data build` finds it"
+            )
+    with atomic_path(path) as tmp:
+        text = json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False)
+        tmp.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 # %% ../../nbs/18b_runs.fresh.ipynb #1fd0c0c0
 def rerun(
@@ -385,11 +391,10 @@ def rerun(
 ) -> list[Freshness]:
     "Judge committed notebooks, execute them again, and hold what they show against it; nothing is written."
     known = {p.stem: p for p in run_notebooks()}
-    with tempfile.TemporaryDirectory(prefix="project-fresh-") as folder:
-        made = execute(names or list(known), Path(folder), progress)
     found = []
-    for name, nb in made.items():
-        before = judge(known[name])
-        differ = list(output_differences(_read_notebook(known[name]), nb, tolerance))
-        found.append(Freshness(before.file, [*before.reasons, *differ], before.notes))
+    with tempfile.TemporaryDirectory(prefix="project-fresh-") as folder:
+        for name, nb in execute(names or list(known), Path(folder), progress):
+            before = judge(known[name])
+            differ = list(output_differences(_read_notebook(known[name]), nb, tolerance))
+            found.append(Freshness(before.file, [*before.reasons, *differ], before.notes))
     return found
