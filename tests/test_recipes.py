@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ from serve_process import Server
 from project.bundle.export import export_bundle
 from project.bundle.manifest import run_bundle
 from project.data.store import build
+from project.metrics import fit_temperature
 from project.train.fit import RECIPES, fit, get_recipe, predict
-from project.train.prepare import split_inputs
+from project.train.prepare import lone_fields, split_inputs
 from project.train.recipe import DEFAULT_RECIPE, TEXT_MODELS, check_train
 
 pytestmark = pytest.mark.trained
+ROOT = Path(__file__).resolve().parent.parent
 EVERY = [(task, name) for task in RECIPES for name in RECIPES[task]]
 REAL, FAKE = ["minister", "says", "court", "budget", "vote", "on"], ["shocking", "watch", "video", "he", "just", "said"]
 
@@ -147,6 +151,24 @@ def as_sent(data, i):
     out = io.BytesIO()
     Image.fromarray(np.asarray(data.images[row])).save(out, "PNG")
     return {"files": {"file": out.getvalue()}}
+
+
+def test_the_temperature_is_of_rows_with_a_field_alone_as_well(made, tmp_path, seed):
+    """The notebook's own cell: an answer to a title alone is as sure as such answers are right, and no surer."""
+    plan = get_recipe("fake_news", epochs=10, batch_size=10)
+    data = build("fake_news", tmp_path / "data", source=made)
+    result = fit(plan, data, tmp_path / "run", seed=seed, limit_batches=60, accelerator="cpu", precision="fp32")
+    cells = json.loads((ROOT / "nbs" / "train.ipynb").read_text(encoding="utf-8"))["cells"]
+    (cell,) = ("".join(c["source"]) for c in cells if "temperature = 1.0" in "".join(c["source"]))
+    known = {"plan": plan, "data": data, "result": result, "np": np, "predict": predict, "split_inputs": split_inputs}
+    known |= {"lone_fields": lone_fields, "fit_temperature": fit_temperature}
+    exec(cell, known)
+    answers = {}
+    for field in ("", "title", "text"):
+        x, labels = split_inputs(plan, data, "val", result.tokenizer, field)
+        answers[field] = predict(result.net, x, tta=plan.tta, max_length=plan.max_length), labels
+    every = fit_temperature(*(np.concatenate(part) for part in zip(*answers.values(), strict=True)))
+    assert known["temperature"] == every != fit_temperature(*answers[""])
 
 
 def test_over_http_every_task_says_what_torch_said(trained, tmp_path):
