@@ -141,6 +141,17 @@ def png(value=250, size=28, mode="L"):
     return out.getvalue()
 
 
+def all_of(connection):
+    """What comes until the other side closes."""
+    found = b""
+    try:
+        while got := connection.recv(65536):
+            found += got
+    except ConnectionResetError:
+        pass
+    return found
+
+
 class Server:
     """A server process; `with Server(folder, …) as server: server.client.get(…)`."""
 

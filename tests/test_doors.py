@@ -14,7 +14,7 @@ from dataclasses import fields
 import httpx
 import pytest
 from pytest_notebooks import ROOT
-from serve_process import Server, image_bundle, png
+from serve_process import Server, all_of, image_bundle, png
 
 from project.core import VARIABLES, check_variables
 from project.serve import api, frontend, limits, process
@@ -64,27 +64,21 @@ def head(method, path, length, *more):
     return b"\r\n".join([*lines, b"Content-Length: %d" % length, b"", b""])
 
 
-def all_of(connection):
-    """What comes until the other side closes."""
-    found = b""
-    try:
-        while got := connection.recv(65536):
-            found += got
-    except ConnectionResetError:
-        pass
-    return found
-
-
 # --- health
+
+
+def announced(served, method, path):
+    """What is answered to a request that announces 1.9 MB and sends 1 kB of them."""
+    with connect(served) as c:
+        c.sendall(head(method, path, 1_900_000) + b"x" * 1000)
+        return all_of(c).lower()
 
 
 @linux
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
 def test_health_is_answered_before_its_body_comes(served, method, path):
-    with connect(served) as c:
-        c.sendall(head(method, path, 1_900_000) + b"x" * 1000)
-        found = all_of(c).lower()
+    found = announced(served, method, path)
     assert found.startswith(b"http/1.1 200") and b"connection: close" in found
 
 
@@ -104,9 +98,7 @@ def test_health_is_answered_before_its_body_comes(served, method, path):
 )
 def test_only_the_exact_health_routes_are_for_everybody(served, method, path):
     """Others are refused, and what is sent to them is not waited for: 1.9 MB were announced."""
-    with connect(served) as c:
-        c.sendall(head(method, path, 1_900_000) + b"x" * 1000)
-        found = all_of(c).lower()
+    found = announced(served, method, path)
     assert found.startswith(b"http/1.1 401") and b"connection: close" in found
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
-from serve_process import Server, image_bundle, make_registry, png
+from serve_process import Server, all_of, image_bundle, make_registry, png
 
 from project.serve.load import image_sample, measure
 
@@ -335,17 +335,6 @@ def test_many_large_uploads_at_once(served):
 def connect(served):
     """A connection to write anything to."""
     return socket.create_connection(("127.0.0.1", served.port), timeout=20)
-
-
-def all_of(connection):
-    """What comes until the other side closes."""
-    found = b""
-    try:
-        while got := connection.recv(65536):
-            found += got
-    except ConnectionResetError:
-        pass
-    return found
 
 
 def test_slow_body(served):

@@ -15,6 +15,7 @@ import zlib
 
 import numpy as np
 import pytest
+from archives import tarred
 from PIL import Image
 
 from project.data.readers import (
@@ -45,16 +46,6 @@ def noise(edge=32, channels=3, seed=0):
     """An image in which every pixel counts."""
     shape = (edge, edge, 3) if channels == 3 else (edge, edge)
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, shape, np.uint8))
-
-
-def tarred(path, files, mode="w"):
-    """A tar of name -> content."""
-    with tarfile.open(path, mode) as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 def archive(path, files, method=zipfile.ZIP_DEFLATED):

@@ -13,13 +13,13 @@ import socket
 import struct
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
+from archives import tarred
 
 from project.data.sources import (
     Published,
@@ -621,17 +621,6 @@ def test_a_cache_with_some_of_the_files_is_not_said_to_be_empty(small, sample):
 
 
 # ---- archives of other kinds, and names of other letters
-
-
-def tarred(path, files, mode="w"):
-    """A tar of name -> content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.mark.parametrize("end", ["", ":gz", ":bz2", ":xz"])
