@@ -22,7 +22,7 @@ import pytest
 from PIL import Image, features
 from serve_process import Server, image_bundle, make_registry, png, text_bundle
 
-from project.data.readers import decode_image, image_bytes
+from project.data.readers import ImageError, decode_image, image_bytes
 from project.serve import api, predictor
 from project.serve.limits import Call, Problem, Settings, check_json, form_parts, json_body
 from project.serve.log import new_id
@@ -153,6 +153,8 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 def test_what_decoding_holds_is_said_before(tmp_path):
     """The peak of a process of its own, for every format and kind of pixels, is never above what the head told."""
     files = bombs(2500)
+    with pytest.raises(ImageError, match="damaged"):  # before anything of it is known
+        image_bytes(files.pop("PNG with notes"), 32)
     turned = Image.Exif()
     turned[0x0112] = 6
     for kind in ("JPEG", "PNG", "WEBP"):

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any, overload
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ..core import cache_dir, check_space, nearest, progress
 from project.data.sources import (
@@ -180,6 +180,7 @@ class Texts:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000  # more than any camera's photo of a face or a dog
 MAX_BYTES = 64_000_000  # of one packed image
+_MAX_NOTES = 8_000_000  # bytes; Pillow unpacks the notes of a PNG while it looks for the head
 _ORIENTATION = 0x0112  # the note of how a camera was held
 _PART = 250_000  # pixels that are made flat together
 
@@ -196,6 +197,7 @@ def _open_image(
     "Read an image's head and check what it says."
     if not content:
         raise ImageError("expected an image, found an empty file")
+    PngImagePlugin.MAX_TEXT_MEMORY = min(PngImagePlugin.MAX_TEXT_MEMORY, _MAX_NOTES)
     try:
         image = Image.open(io.BytesIO(content), formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:

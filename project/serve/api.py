@@ -1105,19 +1105,6 @@ async def _watch(
             _log.exception("the registry cannot be read")
 
 # %% ../../nbs/68_serve.api.ipynb #a3eac1f6
-def _more_files(most: int = 65_536) -> None:
-    "Raise the soft limit of open files, of which each connection is one: shells give 1,024, or 256."
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):  # a system may have reasons of its own
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 def _soften_sigterm(
     service: Service,
 ) -> None:
@@ -1141,10 +1128,12 @@ async def start(
     service: Service,
 ) -> None:
     "Load the models and begin."
+    from project.serve.process import settle_process
+
     settings = service.settings
     logging.getLogger("uvicorn.access").handlers.clear()
     logging.getLogger("uvicorn.access").propagate = False  # ours says more
-    _more_files()
+    settle_process()
     for name in ("asyncio", "uvicorn.error", "project.serve", "project.serve.log"):
         logging.getLogger(name).addFilter(NO_FILES)
     if service.access:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from project.bundle.manifest import (
     Bundle,
@@ -131,7 +131,6 @@ def not_probabilities(
 # %% ../../nbs/60_serve.predictor.ipynb #3e311d25
 MAX_DECODED = 210_000_000  # bytes: a photo of 12 million pixels in WebP, of 50 in JPEG
 _LIGHT = 16_000_000  # bytes; what takes less is decoded beside others
-_PNG_NOTES = 8_000_000  # bytes; Pillow unpacks the notes of a PNG while it looks for the head
 _NAMES = {"image": "an image", "text": "a text"}
 _one_at_a_time = threading.Lock()
 
@@ -154,7 +153,6 @@ def _start(
     session = onnx_session(bundle, threads)
     if bundle.kind == "text":
         return session, bundle_tokenizer(bundle), np.full(1, UNKNOWN, np.int64)
-    PngImagePlugin.MAX_TEXT_MEMORY = min(PngImagePlugin.MAX_TEXT_MEMORY, _PNG_NOTES)
     return session, None, np.zeros(spec["shape"][1:], np.uint8)
 
 # %% ../../nbs/60_serve.predictor.ipynb #6dc55a18
