@@ -48,7 +48,7 @@ serve: $(SERVE) ## serve the production models at http://127.0.0.1:8000; without
 
 # all of them beside each other, a file at a time; what ARGS names runs alone
 EVERYTHING := -n logical --maxprocesses 4 --dist loadfile
-test: $(DEV) ## run every notebook and every test; ARGS="nbs/00_core.ipynb" for one
+test: $(DEV) ## run every notebook and every test; ARGS="nbs/core/00_core.ipynb" for one
 	@"$(BIN)/python" .ci/exported.py
 	"$(BIN)/pytest" $(or $(ARGS),$(EVERYTHING))
 

@@ -43,7 +43,7 @@ setup(
     entry_points={
         "console_scripts": [cfg["console_scripts"]],
         "nbdev": ["project=project._modidx:d"],
-        # papermill loads this on every run; it makes our engine the default (see nbs/14_runs.engine.ipynb)
+        # papermill loads this on every run; it makes our engine the default (see nbs/runs/50_engine.ipynb)
         "papermill.engine": ["project=project.runs.engine:papermill_engine"],
     },
     zip_safe=False,

@@ -10,11 +10,13 @@ command is shown as its `--help` is. A reader's browser asks nothing of anybody 
 import importlib
 import json
 import os
+import posixpath
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -27,59 +29,62 @@ from nbdev.serve import proc_nbs
 
 HERE = Path(__file__).resolve().parent
 COMMANDS = "cli"  # the module whose click commands are shown as their help
-SECTIONS = {
-    "core": "Foundations",
-    "runs": "Runs",
-    "data": "Data",
-    "models": "Models",
-    "train": "Training",
-    "bundle": "Bundles",
-    "serve": "Service",
-    "monitor": "Monitoring",
-    "cloud": "Cloud",
-    "cli": "Command line",
-}
+FLOORS = tomllib.loads((HERE / "floors.toml").read_text(encoding="utf-8"))
 
 
-def sidebar(notebooks):
-    """Run notebooks first, then the library floor by floor; a number is what tells a library notebook."""
-    groups = {"Run notebooks": []}
-    for name in sorted(p.name for p in notebooks):
-        numbered = re.match(r"\d+\w*?_(\w+)", name)
-        if name != "index.ipynb":
-            area = SECTIONS.get(numbered[1], "Foundations") if numbered else "Run notebooks"
-            groups.setdefault(area, []).append(name)
-    sections = [{"section": title, "contents": pages} for title, pages in groups.items() if pages]
+def sidebar(nbs):
+    """Run notebooks first, then the library floor by floor, each below a page of its own."""
+    runs = sorted(p.name for p in nbs.glob("[!_.]*.ipynb") if p.name != "index.ipynb")
+    sections = [{"section": "Run notebooks", "contents": runs}]
+    for name, floor in FLOORS.items():
+        pages = [f"{name}/{p.name}" for p in sorted((nbs / name).glob("[0-9]*.ipynb"))]
+        sections.append({"section": floor["title"], "href": f"{name}/index.ipynb", "contents": pages})
     return {"website": {"sidebar": {"contents": ["index.ipynb", *sections]}}}
 
 
+def floor_page(folder, floor):
+    """A notebook that says what a floor owns and what each of its notebooks is."""
+    rows = []
+    for path in sorted(folder.glob("[0-9]*.ipynb")):
+        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        title, about = (re.search(rf"^{mark} (.+)$", first, re.M)[1] for mark in "#>")
+        rows.append(f"| [{title}]({path.name}) | {about} |")
+    text = "\n".join(["| notebook | what it is |", "|---|---|", *rows])
+    title = markdown(f"# {floor['title']}\n\n> {floor['owns']}", "title")
+    return {"cells": [title, markdown(text, "modules")], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+
+
 def page_names(processed):
-    """The name Quarto gives a page where it is not the notebook's own: 00_core.html -> core.html."""
+    """The name Quarto gives a page where it is not the notebook's own: 00_core.html -> core.html, in each folder."""
     names = {}
     for path in processed.rglob("*.ipynb"):
         first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
-        if wanted := re.search(r"^output-file: (\S+)$", first, re.M):
-            names[f"{path.stem}.html"] = wanted[1]
-    return {old: new for old, new in names.items() if old != new}
+        if (wanted := re.search(r"^output-file: (\S+)$", first, re.M)) and wanted[1] != f"{path.stem}.html":
+            folder = path.parent.relative_to(processed)
+            names[(folder / path.stem).as_posix() + ".html"] = wanted[1]
+    return names
 
 
 def rename_pages(site, names):
     """Do what the stand-in leaves undone: `output-file`, in file names, links and the search index."""
+    stems = {Path(old).name: new for old, new in names.items()}
+    assert all(stems[Path(old).name] == new for old, new in names.items()), "one file name, two pages' names"
+    for old, new in names.items():
+        (site / old).rename((site / old).with_name(new))
     if not names:
         return
-    for old, new in names.items():
-        for page in site.rglob(old):
-            page.rename(page.with_name(new))
-    known = re.compile("|".join(rf"(?<![\w.-]){re.escape(old)}" for old in names))
+    known = re.compile("|".join(rf"(?<![\w.-]){re.escape(old)}" for old in stems))
     for path in site.rglob("*"):
         if path.suffix in {".html", ".json", ".xml", ".txt"} and "site_libs" not in path.parts:
             text = path.read_text(encoding="utf-8")
-            path.write_text(known.sub(lambda m: names[m.group()], text), encoding="utf-8")
+            path.write_text(known.sub(lambda m: stems[m.group()], text), encoding="utf-8")
 
 
 def stage(nbs, folder):
     """A copy of the notebooks in which types imported for annotations only are there: show_doc looks them up."""
     shutil.copytree(nbs, folder, ignore=shutil.ignore_patterns(".*", "_proc", "__pycache__"))
+    for name, floor in FLOORS.items():
+        (folder / name / "index.ipynb").write_text(json.dumps(floor_page(folder / name, floor)), encoding="utf-8")
     for path in folder.rglob("*.ipynb"):
         text = path.read_text(encoding="utf-8").replace('"if TYPE_CHECKING:', '"if True:')
         if re.search(rf"#\| ?default_exp {COMMANDS}\b", text):
@@ -139,10 +144,11 @@ def command_page(words, command, symbol):
     return "\n".join(lines)
 
 
-def settle_links(text, written, config):
-    """A processed notebook's text: pages beside each other, the repository of settings.ini, no links within code."""
+def settle_links(text, written, config, folder="."):
+    """A processed notebook's text: pages of the same site, the repository of settings.ini, no links within code."""
     site = re.escape(f"{written['doc_host']}{written['doc_baseurl']}")
-    text = re.sub(rf"{site}/([\w.-]+\.html)(?:#_[^)\s\"\\]*)?", r"\1", text)  # a page shows no private name
+    page = re.compile(rf"{site}/([\w./-]+\.html)(?:#_[^)\s\"\\]*)?")  # a page shows no private name
+    text = page.sub(lambda m: posixpath.relpath(m[1], folder), text)
     source = f"{written['git_url']}/blob/{written['branch']}/"
     return text.replace(source, f"{config.git_url}/blob/{config.branch}/")
 
@@ -157,7 +163,8 @@ def settle(processed, config):
     """Mend what nbdev has written into the processed notebooks."""
     written = importlib.import_module("project._modidx").d["settings"]
     for path in processed.rglob("*.ipynb"):
-        notebook = json.loads(settle_links(path.read_text(encoding="utf-8"), written, config))
+        folder = path.parent.relative_to(processed).as_posix()
+        notebook = json.loads(settle_links(path.read_text(encoding="utf-8"), written, config, folder))
         for cell in notebook["cells"]:
             cell["source"] = (
                 plain_fences("".join(cell["source"])) if cell["cell_type"] == "markdown" else cell["source"]
@@ -223,7 +230,7 @@ def main():
     os.environ["PATH"] = os.pathsep.join([*bins, os.environ["PATH"]])
     print(f"rendering with {shutil.which('quarto')}", flush=True)
     refresh_quarto_yml()
-    listed = yaml.safe_dump(sidebar(nbs.glob("[!_.]*.ipynb")), sort_keys=False)
+    listed = yaml.safe_dump(sidebar(nbs), sort_keys=False)
     (nbs / "sidebar.yml").write_text(listed, encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         proc_nbs(stage(nbs, Path(scratch).resolve() / "nbs"), n_workers=2)

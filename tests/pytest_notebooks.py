@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+FLOORS = [ROOT / "nbs" / name for name in tomllib.loads((ROOT / ".ci" / "floors.toml").read_text(encoding="utf-8"))]
 SECONDS = 600  # for one notebook; far above what any takes, so that only a hang meets it
 OWN_GROUP = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}  # a new process group
 SMOKE = {"limit_batches": "5"}  # parameters that make a run small, given to notebooks that have them
@@ -78,8 +80,8 @@ def pytest_unconfigure(config):
 
 
 def pytest_collect_file(file_path, parent):
-    """A notebook directly in nbs/ is a test file."""
-    if file_path.suffix == ".ipynb" and file_path.parent == ROOT / "nbs":
+    """A notebook of nbs/ is a test file."""
+    if file_path.suffix == ".ipynb" and file_path.parent in (ROOT / "nbs", *FLOORS):
         return NotebookFile.from_parent(parent, path=file_path)
     return None
 
@@ -156,7 +158,7 @@ class LessonItem(NotebookItem):
     """A library notebook, or the front page: run as nbdev_test runs it, its exported cells measured as the module's."""
 
     def runtest(self):
-        """Run it in nbs/, with pytest's own list of warnings that are no errors."""
+        """Run it in its folder, with pytest's own list of warnings that are no errors."""
         filters = json.dumps(self.config.getini("filterwarnings"))
         try:
             runner = ROOT / "tests" / "run_notebook.py"

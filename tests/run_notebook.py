@@ -47,14 +47,14 @@ class ModuleCompiler(CachingCompiler):
 
 
 def exported_cells(package, notebook):
-    """What `notebook` exported: cell id -> the module's path, the header's line number, the lines below it."""
+    """What `nbs/floor/name.ipynb` exported: cell id -> the module, the header's line number, the lines below."""
     found = {}
     for module in sorted(package.rglob("*.py")):
         lines = module.read_text(encoding="utf-8").split("\n")
         headers = [i for i, line in enumerate(lines) if line.startswith("# %% ")]
         for start, end in pairwise([*headers, len(lines)]):
             source, _, cell_id = lines[start].removeprefix("# %% ").rpartition(" #")
-            if source.rsplit("/", 1)[-1] == notebook:
+            if source.endswith(f"/{notebook}"):
                 found[cell_id] = (module, start + 1, lines[start + 1 : end])
     return found
 
@@ -106,7 +106,7 @@ def main(path, filters, seconds):
     shell.run_line_magic("colors", "nocolor")
     shell.compile = ModuleCompiler()
     add_filters(filters)
-    exported = exported_cells(config.lib_path, path.name)
+    exported = exported_cells(config.lib_path, path.resolve().relative_to(config.nbs_path.parent).as_posix())
     flags = set(config.tst_flags.split())
     for number, cell in enumerate(notebook.cells):
         if skipped(cell, flags):

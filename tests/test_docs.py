@@ -155,7 +155,7 @@ def test_page_of_commands_has_each_with_options_and_examples(site, words):
     plain = re.sub(r"<[^>]+>", "", page)
     for option in [p for p in command.params if isinstance(p, click.Option)]:
         assert option.opts[-1] in plain
-    assert command.epilog, f"give {words} an example in _EXAMPLES of 90_cli.ipynb"
+    assert command.epilog, f"give {words} an example in _EXAMPLES of cli/10_cli.ipynb"
     assert "Command.__call__" not in plain
 
 

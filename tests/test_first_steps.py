@@ -214,7 +214,7 @@ def test_a_notebook_that_was_not_exported_is_found(tmp_path, monkeypatch, change
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     monkeypatch.setenv("PROJECT_ROOT", str(tmp_path))
-    file = tmp_path / "nbs" / "05_metrics.ipynb"
+    file = tmp_path / "nbs" / "core" / "20_metrics.ipynb"
     book = json.loads(file.read_text(encoding="utf-8"))
     exported = [c for c in book["cells"] if "".join(c["source"]).startswith("#| export\n")]
     if change == "edit":
@@ -224,21 +224,21 @@ def test_a_notebook_that_was_not_exported_is_found(tmp_path, monkeypatch, change
     else:
         book["cells"].remove(exported[-1])
     file.write_text(json.dumps(book), encoding="utf-8")
-    assert not_exported() == ["nbs/05_metrics.ipynb"]
+    assert not_exported() == ["nbs/core/20_metrics.ipynb"]
     assert not_exported(["project.core"]) == []
     code = "from project.cli import _check_exported; print(*_check_exported(), sep='|')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("fix|export|changed and not exported: nbs/05_metrics.ipynb"), done.stderr
+    assert done.stdout.startswith("fix|export|changed and not exported: nbs/core/20_metrics.ipynb"), done.stderr
     script = [sys.executable, ROOT / ".ci" / "exported.py"]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "nbs/05_metrics.ipynb" in done.stderr
+    assert done.returncode == 0 and "nbs/core/20_metrics.ipynb" in done.stderr
 
 
 def test_the_engine_warns_and_the_receipt_says_so(tmp_path):
     for name in ("project", "nbs", "settings.ini"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    file = tmp_path / "nbs" / "01_locks.ipynb"
+    file = tmp_path / "nbs" / "core" / "10_locks.ipynb"
     file.write_text(file.read_text(encoding="utf-8").replace("def is_alive(", "def is_living("), encoding="utf-8")
     cells = ["from project.runs.record import start_run\nrun = start_run('t')", "run.finish()\nprint('done')"]
     python = {"kernelspec": {"name": "python3", "display_name": "python3"}}
@@ -247,8 +247,8 @@ def test_the_engine_warns_and_the_receipt_says_so(tmp_path):
     call = [BIN / "papermill", "in.ipynb", "out.ipynb"]
     done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "changed and not exported: nbs/01_locks.ipynb; what runs is the package" in done.stderr
+    assert "changed and not exported: nbs/core/10_locks.ipynb; what runs is the package" in done.stderr
     receipt = nbformat.read(tmp_path / "out.ipynb", 4).metadata.project.receipt
-    assert receipt.not_exported == ["nbs/01_locks.ipynb"]
+    assert receipt.not_exported == ["nbs/core/10_locks.ipynb"]
     notes = verify(tmp_path / "out.ipynb", tmp_path / "runs").notes
-    assert "nbs/01_locks.ipynb was changed and not exported when it ran, so it is not what ran" in notes
+    assert "nbs/core/10_locks.ipynb was changed and not exported when it ran, so it is not what ran" in notes

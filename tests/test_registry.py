@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_bundle import fields, toy
+from test_manifest import fields, toy
 
 from project.bundle import registry as reg
 from project.bundle.manifest import BundleError, open_bundle, run_bundle, write_manifest

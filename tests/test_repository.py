@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from pytest_notebooks import ROOT
+from pytest_notebooks import FLOORS, ROOT
 
 BIN = Path(sys.executable).parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
-LIBRARY = [path for path in NOTEBOOKS if path.name[0].isdigit()]
-RUNS = [path for path in NOTEBOOKS if not path.name[0].isdigit() and path.name not in ("index.ipynb", "tutorial.ipynb")]
+LIBRARY = [path for floor in FLOORS for path in sorted(floor.glob("*.ipynb"))]
+NOTEBOOKS = [*LIBRARY, *sorted((ROOT / "nbs").glob("*.ipynb"))]
+RUNS = [path for path in (ROOT / "nbs").glob("*.ipynb") if path.name not in ("index.ipynb", "tutorial.ipynb")]
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = SETTINGS["DEFAULT"]
@@ -75,9 +75,14 @@ def parse(source):
     return ast.parse("\n".join(line for line in source.split("\n") if not line.startswith(("#|", "%", "!"))))
 
 
-by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-by_library = pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
-by_run = pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def book(path):
+    """A notebook's name below nbs/."""
+    return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+
+
+by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=book)
+by_library = pytest.mark.parametrize("path", LIBRARY, ids=book)
+by_run = pytest.mark.parametrize("path", RUNS, ids=book)
 
 
 # What notebooks hold
@@ -261,7 +266,7 @@ def test_modules_are_what_notebooks_name():
 
 
 def test_library_is_numbered_in_import_order():
-    numbers = {default_exp(path): path.name.split("_")[0] for path in LIBRARY}
+    numbers = {default_exp(path): (FLOORS.index(path.parent), path.name.split("_")[0]) for path in LIBRARY}
     assert len(set(numbers.values())) == len(numbers), f"two notebooks have one number: {sorted(numbers.values())}"
     for path in LIBRARY:
         for cell in exported(path):
@@ -271,15 +276,32 @@ def test_library_is_numbered_in_import_order():
                 )
                 later = [n for n in names if n in numbers and numbers[n] >= numbers[default_exp(path)]]
                 assert not isinstance(node, ast.Import | ast.ImportFrom) or not later, (
-                    f"{path.name} imports {later} from below"
+                    f"{book(path)} imports {later} from below"
                 )
 
 
-def test_notebooks_lie_flat():
-    below = [
-        p for p in (ROOT / "nbs").rglob("*.ipynb") if p.parent != ROOT / "nbs" and ".ipynb_checkpoints" not in p.parts
-    ]
-    assert below == []
+def test_a_notebook_lies_where_its_module_says():
+    """Folder and name are the module's; those of the first floor, and the command, are at the top of the package."""
+    there = {p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    assert there == {*NOTEBOOKS}, "library notebooks lie in the folder of a floor of .ci/floors.toml"
+    for path in LIBRARY:
+        number, _, name = path.stem.partition("_")
+        assert re.fullmatch(r"\d\d", number), f"{book(path)}: expected a number of two digits"
+        top = path.parent.name in ("core", "cli")
+        assert default_exp(path).replace("__", "") == ".".join(["project", *[path.parent.name] * (not top), name])
+
+
+def test_the_front_page_draws_the_floors_as_they_are():
+    """The picture is made from the imports; its words are compared, as pixels differ from machine to machine."""
+    code = [c["source"] for c in cells(ROOT / "nbs" / "index.ipynb", "code")]
+    start = next(i for i, source in enumerate(code) if "floors.toml" in source)
+    drawn = next(c for c in cells(ROOT / "nbs" / "index.ipynb", "code") if "show_floors(floors" in c["source"])
+    alt = drawn["outputs"][0]["metadata"]["image/png"]["alt"]
+    made = python(
+        "\n".join([code[0], *code[start : start + 2]]).replace("\nshow_floors(", "\nfigure = show_floors(")
+        + "\nprint(figure.alt)"
+    )
+    assert made.strip() == alt, "run nbs/index.ipynb and `make notebooks`"
 
 
 # What importing does

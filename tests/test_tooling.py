@@ -42,12 +42,12 @@ def run(tmp_path):
 
     def run(*sources, module=""):
         (tmp_path / "settings.ini").write_text(SETTINGS, encoding="utf-8")
-        (tmp_path / "nbs").mkdir()
+        (tmp_path / "nbs" / "a").mkdir(parents=True)
         (tmp_path / "toy").mkdir()
         (tmp_path / "toy" / "a.py").write_text(module, encoding="utf-8")
         code = [new_code_cell(source, id=f"c{i}") for i, source in enumerate(sources)]
-        nbformat.write(new_notebook(cells=[new_markdown_cell("# A"), *code]), tmp_path / "nbs" / "00_a.ipynb")
-        path = tmp_path / "nbs" / "00_a.ipynb"
+        nbformat.write(new_notebook(cells=[new_markdown_cell("# A"), *code]), tmp_path / "nbs" / "a" / "00_a.ipynb")
+        path = tmp_path / "nbs" / "a" / "00_a.ipynb"
         filters = json.dumps(["error", "ignore:known:UserWarning"])
         command = [sys.executable, RUNNER, path, filters, "60"]
         return subprocess.run(command, cwd=path.parent, capture_output=True, text=True, encoding="utf-8")
@@ -70,7 +70,7 @@ def test_cells_that_nbdev_test_passes_over_are_not_run(run):
     assert run("#| eval: false\n1 / 0", "#| slow\n1 / 0", "x = 1").returncode == 0
 
 
-MODULE = "# %% auto #0\n__all__ = ['f']\n\n# %% ../nbs/00_a.ipynb #c0\ndef f():\n    return 1 / 0\n"
+MODULE = "# %% auto #0\n__all__ = ['f']\n\n# %% ../nbs/a/00_a.ipynb #c0\ndef f():\n    return 1 / 0\n"
 
 
 def test_an_exported_cell_has_the_lines_of_its_module(run):
@@ -122,10 +122,11 @@ def test_readme_shows_what_the_front_page_shows():
 
 def test_site_sidebar_has_every_notebook():
     docs = load(ROOT / ".ci" / "docs.py")
-    names = list((ROOT / "nbs").glob("[!_.]*.ipynb"))
-    contents = docs.sidebar(names)["website"]["sidebar"]["contents"]
+    nbs = ROOT / "nbs"
+    contents = docs.sidebar(nbs)["website"]["sidebar"]["contents"]
     listed = [contents[0], *(name for section in contents[1:] for name in section["contents"])]
-    assert sorted(listed) == sorted(path.name for path in names)
+    there = [p.relative_to(nbs).as_posix() for p in nbs.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+    assert sorted(listed) == sorted(there)
     assert [section["section"] for section in contents[1:]][0] == "Run notebooks"
 
 
