@@ -18,14 +18,12 @@ from project.behaviour import (
     direction,
     image_behaviour,
     image_changes,
-    image_slices,
     invariance,
     minimum,
     step_aside,
     telling_words,
     text_behaviour,
     text_changes,
-    text_slices,
     typical_rows,
 )
 from project.data.loader import TextBatches
@@ -266,18 +264,6 @@ def test_changes_keep_the_shape_and_the_original(shape):
     assert (images == before).all()
     assert (brighten(images, 0) == 0).all() and (step_aside(images, 0) == images).all()
     assert (cover_middle(images, 1.0) == 0).all()
-
-
-def test_slices_of_pictures_and_texts():
-    images = np.repeat(np.arange(8, dtype=np.uint8) * 30, 16).reshape(8, 4, 4)
-    found = image_slices(images)
-    assert found["brightness"] == sorted(found["brightness"]) and len(set(found["brightness"])) == 4
-    assert len(set(found["contrast"])) == 1
-    many = np.zeros((2500, 2, 2, 3), np.uint8)
-    assert len(image_slices(many)["contrast"]) == 2500
-    texts = text_slices(["", "123 !!", "ALL CAPITALS HERE", "no capital at all"])
-    assert texts["share of capitals"][2].startswith("2") or texts["share of capitals"][2].startswith("3")
-    assert len(texts["words"]) == 4
 
 
 def test_telling_words_are_those_of_one_class():

@@ -27,7 +27,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from ..behaviour import image_slices, text_slices
 from .compress import as_trained
 from project.bundle.manifest import (
     Bundle,
@@ -40,6 +39,7 @@ from project.bundle.manifest import (
     run_bundle,
 )
 from ..core import hash_json, human_bytes, read_json, show_path, write_json
+from ..data.features import image_slices, text_slices
 from ..figures import _figure
 from ..metrics import brier, by_slice, ece, origin_rows, reliability, summary
 from ..runs.receipt import KEY, seal, verify

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Row', 'Read', 'Prediction', 'SamplePrediction', 'ProblemBody', 'RowError', 'BatchRow', 'BatchAnswer', 'ModelInfo',
            'ModelList', 'SampleList', 'FeedbackIn', 'FeedbackOut', 'Health', 'Samples', 'read_samples', 'Model',
-           'changed_files', 'load_model', 'image_features', 'add_features', 'text_features', 'Given', 'read_one',
-           'csv_rows', 'read_many', 'Trouble', 'Wait', 'Service', 'tell_trouble', 'predict_one', 'held', 'taken',
-           'unfolded', 'predict', 'predict_batch', 'refresh', 'start', 'stop', 'create_app', 'serve']
+           'changed_files', 'load_model', 'Given', 'read_one', 'csv_rows', 'read_many', 'Trouble', 'Wait', 'Service',
+           'tell_trouble', 'predict_one', 'held', 'taken', 'unfolded', 'predict', 'predict_batch', 'refresh', 'start',
+           'stop', 'create_app', 'serve']
 
 # %% ../../nbs/serve/90_api.ipynb #c260c014
 import asyncio
@@ -53,6 +53,8 @@ from project.bundle.registry import (
     remember_served,
 )
 from ..core import nearest, sha256
+from ..data.features import add_features, grey_sample, text_features
+from ..serialize import json_bytes
 from .batching import Batcher, Full
 from .card import CARD_POLICY, card_html, notebook_html
 from project.serve.limits import (
@@ -73,7 +75,7 @@ from project.serve.limits import (
     problem_dict,
     problem_reply,
 )
-from .log import LogUnavailable, PredictionLog, id_age, json_bytes, new_id
+from .log import LogUnavailable, PredictionLog, id_age, new_id
 from .metrics import Metrics, shared_folder
 from .page import new_nonce, page, page_headers
 from .predictor import Heavy, InputError, Predictor
@@ -316,69 +318,6 @@ def load_model(
     if changed := changed_files(bundle, model.seals):
         raise BundleError(f"{bundle.path.name}: {', '.join(changed)}: changed while it was loaded; do not use it.")
     return model
-
-# %% ../../nbs/serve/90_api.ipynb #513d9eb1
-_VALUES = np.stack([np.arange(256.0), np.arange(256.0) ** 2], 1) / [255, 255**2]
-
-
-def _reduced(
-    x: np.ndarray,  # (H, W) or (H, W, 3) unsigned bytes
-) -> np.ndarray:  # (h, w), at most 127 a side
-    "Enough of an image to say what it is like."
-    grey = x if x.ndim == 2 else x[..., 1]
-    return np.ascontiguousarray(grey[:: max(1, grey.shape[0] // 64), :: max(1, grey.shape[1] // 64)])
-
-
-def _shares(
-    x: np.ndarray,  # (N, H, W) unsigned bytes
-) -> np.ndarray:  # (N, 256)
-    "How much of each image has each value."
-    each = x.reshape(len(x), -1) + 256 * np.arange(len(x))[:, None]
-    return np.bincount(each.ravel(), minlength=256 * len(x)).reshape(-1, 256) / max(1, x[0].size)
-
-# %% ../../nbs/serve/90_api.ipynb #ddb37ea1
-def image_features(
-    x: np.ndarray,  # (N, H, W) unsigned bytes
-) -> list[dict[str, float]]:  # of each image; from 0 to 1, entropy in bits
-    "Brightness, contrast, sharpness, entropy and edge density of grey images."
-    left, right = x[:, :, :-1], x[:, :, 1:]
-    shares, steps = _shares(x), _shares(np.maximum(left, right) - np.minimum(left, right))
-    mean, square = (shares @ _VALUES).T
-    bits = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
-    found = {
-        "brightness": mean.round(4),
-        "contrast": np.sqrt(np.maximum(0, square - mean**2)).round(4),
-        "sharpness": (steps @ _VALUES[:, 0]).round(4),
-        "entropy": np.abs((shares * bits).sum(1)).round(3),
-        "edges": steps[:, 33:].sum(1).round(4),
-    }
-    return [dict(zip(found, row, strict=True)) for row in zip(*(v.tolist() for v in found.values()), strict=True)]
-
-# %% ../../nbs/serve/90_api.ipynb #a8ba3c26
-def add_features(
-    rows: list[dict[str, Any]],  # of the log; those of images have `raw` pixels, which become their features
-) -> None:
-    "Say what images are like that are about to be logged: those of one size at once."
-    alike: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        if "raw" in row:
-            alike.setdefault(row["raw"].shape, []).append(row)
-    for group in alike.values():
-        for row, found in zip(group, image_features(np.stack([r.pop("raw") for r in group])), strict=True):
-            row["features"] = found
-
-# %% ../../nbs/serve/90_api.ipynb #e41e3239
-def text_features(
-    row: Mapping[str, str],  # field -> text
-) -> dict[str, float]:
-    "Length, words, and the shares of capitals and of punctuation of a text."
-    text = " ".join(row.values())
-    some = text[:5000]  # enough for shares, and quick whatever is sent
-    letters, n = sum(map(str.isalpha, some)), max(1, len(some))
-    marks = n - sum(map(str.isalnum, some)) - sum(map(str.isspace, some)) if some else 0
-    capitals = sum(map(str.isupper, some)) / max(1, letters)
-    words = len(text.split())
-    return {"length": len(text), "words": words, "capitals": round(capitals, 4), "punctuation": round(marks / n, 4)}
 
 # %% ../../nbs/serve/90_api.ipynb #56c39110
 @dataclass(frozen=True)
@@ -696,7 +635,7 @@ def _read_image(
     if given.row is not None:
         raise Problem(415, "expected an image. This task reads no text.")
     x = model.predictor.read_image(cast(bytes, given.content), wait)  # a view is read as bytes are
-    return x, {"raw": _reduced(x)} | _digest(given.content, settings)
+    return x, {"raw": grey_sample(x)} | _digest(given.content, settings)
 
 
 def _read_text(model: Model, given: Given, settings: Settings, wait: bool = False) -> Read:

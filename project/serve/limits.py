@@ -35,7 +35,7 @@ from typing import Any, NamedTuple, TextIO, cast
 from urllib.parse import unquote
 
 from ..core import check_variables
-from .log import json_bytes
+from ..serialize import json_bytes
 
 # %% ../../nbs/serve/45_limits.ipynb #823befec
 _log = logging.getLogger("project.serve")
