@@ -20,8 +20,9 @@ from onnxruntime import InferenceSession, SessionOptions
 from torch import nn
 
 from project.bundle import compress as c
-from project.bundle.compress import CompressError, agreement, as_trained, int8_graph, quantize
+from project.bundle.compress import CompressError, agreement, int8_graph, quantize
 from project.bundle.export import export_bundle
+from project.bundle.lineage import as_trained
 from project.bundle.manifest import BundleError, open_bundle, run_bundle, write_manifest
 from project.bundle.registry import Registry, verify_bundle
 from project.cli import app

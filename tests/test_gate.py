@@ -375,11 +375,14 @@ HOLLOW = {
     "half a receipt": (lambda b: edit(b, lambda nb: receipt_of(nb).pop("runs")), "cannot be checked"),
     "other JSON": (lambda b: edit(b, lambda nb: {"cells": 1}), "cannot be checked"),
     "no JSON": (garbage, "cannot be checked"),
-    "another model": (another_model, "model.onnx is not the one that its notebook made"),
-    "another run": (lambda b: write_manifest(b.path, **b.manifest | {"run": "r2"}), "not that of its run r2"),
-    "no run": (lambda b: write_manifest(b.path, **b.manifest | {"run": None}), "not that of its run None"),
-    "a metric": (lambda b: write_manifest(b.path, **b.manifest | {"metrics": {"test/acc": 0.99}}), "test/acc is 0.99"),
-    "the data": (lambda b: write_manifest(b.path, **b.manifest | {"data_hash": "xyz"}), "other data than its run"),
+    "another model": (another_model, "model.onnx: the manifest says"),
+    "another run": (lambda b: write_manifest(b.path, **b.manifest | {"run": "r2"}), "knows no run r2"),
+    "no run": (lambda b: write_manifest(b.path, **b.manifest | {"run": None}), "knows no run None"),
+    "a metric": (
+        lambda b: write_manifest(b.path, **b.manifest | {"metrics": {"test/acc": 0.99}}),
+        "test/acc: the manifest says 0.99",
+    ),
+    "the data": (lambda b: write_manifest(b.path, **b.manifest | {"data_hash": "xyz"}), "data: the manifest says xyz"),
 }
 
 

@@ -15,8 +15,9 @@ import pytest
 from test_manifest import fields, toy
 
 from project.bundle import registry as reg
+from project.bundle.lineage import bundle_lineage
 from project.bundle.manifest import BundleError, open_bundle, run_bundle, write_manifest
-from project.bundle.registry import Conflict, Registry, RegistryError, bundle_lineage, verify_bundle, version_rows
+from project.bundle.registry import Conflict, Registry, RegistryError, verify_bundle, version_rows
 from project.core import hash_json, sha256
 
 SILENT = {"PROJECT_PROGRESS": "off", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true"}

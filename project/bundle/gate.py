@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from .compress import as_trained
+from .lineage import as_trained, receipt_problems
 from project.bundle.manifest import (
     Bundle,
     BundleError,
@@ -100,33 +100,11 @@ def card_problems(
         said = [f"its notebook is {verdict.state}: {'; '.join(verdict.reasons[:3])}{more}"] if verdict.reasons else []
         if verdict.state in ("HOLLOW", "FORGED"):
             return said, verdict.notes
-        return _receipt_problems(bundle, receipt), said + verdict.notes + _receipt_notes(bundle, receipt)
+        return receipt_problems(bundle.manifest, receipt, commit=False), said + verdict.notes + _receipt_notes(
+            bundle, receipt
+        )
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         return [f"its notebook cannot be checked: {e}"], []
-
-# %% ../../nbs/bundle/60_gate.ipynb #315f0cc0
-def _receipt_problems(
-    bundle: Bundle,  # any bundle
-    receipt: Mapping[str, Any],  # of its notebook
-) -> list[str]:  # empty where they belong together
-    "Whether a receipt is that of this bundle."
-    run = next((r for r in receipt["runs"] if r["id"] == bundle.run), None)
-    if run is None:
-        return [f"its notebook is not that of its run {bundle.run}"]
-    found = [] if run["status"] == "finished" else [f"its run is {run['status']}, not finished"]
-    made = as_trained(bundle.manifest)
-    metrics = made.get("metrics") or {}
-    for name in ("model.onnx", "weights.safetensors"):
-        said, here = run["files"].get(f"bundle/{name}"), made["files"].get(name, {}).get("sha256")
-        if said != here:
-            found.append(f"{name} is not the one that its notebook made")
-    for name in metrics.keys() & run["metrics"].keys():
-        if metrics[name] != run["metrics"][name]:
-            found.append(f"{name} is {metrics[name]} in its manifest, {run['metrics'][name]} in its run")
-    said = (run.get("data") or {}).get("hash")
-    if bundle.manifest.get("data_hash") not in (None, said):
-        found.append("its manifest names other data than its run")
-    return found
 
 # %% ../../nbs/bundle/60_gate.ipynb #c2dadde6
 def _receipt_notes(

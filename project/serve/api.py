@@ -42,11 +42,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
 # %% ../../nbs/serve/90_api.ipynb #d07c4a61
+from ..bundle.lineage import bundle_lineage
 from ..bundle.manifest import Bundle, BundleError, open_bundle
 from project.bundle.registry import (
     Registry,
     RegistryError,
-    bundle_lineage,
     forget_served,
     last_served,
     open_served,
