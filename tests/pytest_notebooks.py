@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [ROOT / "nbs" / name for name in tomllib.loads((ROOT / ".ci" / "floors.toml").read_text(encoding="utf-8"))]
 SECONDS = 600  # for one notebook; far above what any takes, so that only a hang meets it
 OWN_GROUP = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}  # a new process group
-SMOKE = {"limit_batches": "5"}  # parameters that make a run small, given to notebooks that have them
+SMOKE = {"limit_batches": "5", "folds": "2"}  # parameters that make a run small, given to notebooks that have them
 TRAINS = re.compile(r"\bfit\(|optimizer\.step\(")  # in a notebook that trains a network
 NEEDS = {
     "evaluate.ipynb": "train.ipynb",

@@ -275,3 +275,13 @@ def test_records_of_one_value_in_two_spellings_are_one_setting(tmp_path):
     other = start_run("t", {"epochs": "2", "lr": 0.5}, "nbs/x.ipynb", root=tmp_path)
     other.finish()
     assert other.record["identity"] != found[0]["identity"]
+
+
+def test_a_metric_is_shown_with_its_interval(tmp_path):
+    """Where the run has measured one; a metric without one is a number, and one that is missing nothing."""
+    start_run("t", {}, "nbs/x.ipynb", root=tmp_path).finish(
+        metrics={"test/acc": 0.93, "test/acc_low": 0.925, "test/acc_high": 0.9349, "loss": 0.5}
+    )
+    records = list_runs(tmp_path)
+    assert run_table(records)[0]["test/acc"] == "0.9300 (0.925 to 0.935)"
+    assert run_table(records, "loss")[0]["loss"] == "0.5000" and run_table(records, "other")[0]["other"] == ""

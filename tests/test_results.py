@@ -276,3 +276,37 @@ def test_it_needs_no_torch():
     code = "import sys, project.runs.results\nprint(sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"'torch'", "'matplotlib'", "'pandas'", "'PIL'"} & set(done.stdout.strip("[]\n").split(", "))
+
+
+def cross(task="dog_breeds", acc=0.98, data="d" * 64, status="finished", **asked):
+    """A run as the notebook of cross-validation records it; its id."""
+    asked = {"task": task, "recipe": "fast", "folds": 5, "seed": 0, "limit_batches": 0} | asked
+    run = start_run(task, asked, "nbs/crossval.ipynb", {"hash": data, "task": task})
+    run.finish(status, {"cv/acc": acc, "cv/n": 1789, "cv/folds": asked["folds"], "train/seconds": 99.0})
+    return run.id
+
+
+def test_a_cross_validated_figure_stands_beside_the_test_set():
+    """That of the same recipe on the same data, whole and finished; the newest."""
+    train()
+    train("fake_news")
+    cross(acc=0.5)
+    run = cross(acc=0.98, folds=10)
+    for other in ({"data": "e" * 64}, {"recipe": "minilm"}, {"limit_batches": 5}, {"status": "failed"}):
+        cross(acc=0.1, **other)
+    found = {row["task"]: row for row in rows()}
+    assert found["dog_breeds"]["cross"]["run"] == run and found["fake_news"]["cross"] is None
+    low, high = wilson_interval(0.98 * 1789, 1789)
+    shown = f"98.00 ({100 * low:.1f} to {100 * high:.1f} of 1,789, 10 folds)"
+    assert result_texts(rows())[0]["cross-validated, %"] == shown
+
+
+def test_a_cross_validated_figure_is_kept_with_the_file(tmp_path):
+    """`--keep`: where neither runs are here, nor where only the trainings are."""
+    train()
+    cross()
+    before = read_results(write_results(rows(), tmp_path / "r.json"))
+    kept = collect_results([], before=before)
+    assert kept[0]["cross"]["acc"] == 0.98
+    only = [r for r in list_runs() if "cv/acc" not in r["metrics"]]
+    assert collect_results(only, before=before)[0]["cross"]["acc"] == 0.98

@@ -35,7 +35,7 @@ from project.runs.receipt import (
 )
 
 # %% ../../nbs/runs/80_fresh.ipynb #1fd0c0a7
-_ORDER = ("train", "data", "evaluate", "promote", "loadtest")
+_ORDER = ("train", "data", "evaluate", "promote", "loadtest", "crossval")
 
 
 def run_notebooks() -> list[Path]:  # in the order in which they are executed

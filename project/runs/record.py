@@ -554,6 +554,14 @@ def _varying(
     return found
 
 
+def _with_interval(metrics: Mapping[str, Any], name: str) -> str:
+    "A metric, with the 95 % interval of its rows where the run has measured one."
+    value, low, high = (metrics.get(name + end) for end in ("", "_low", "_high"))
+    if not isinstance(value, (int, float)):
+        return ""
+    return f"{value:.4f}" + (f" ({low:.3f} to {high:.3f})" if low is not None and high is not None else "")
+
+
 def run_table(
     records: list[dict[str, Any]],  # from `list_runs`
     metric: str = "test/acc",  # the metric to show
@@ -561,7 +569,7 @@ def run_table(
     "What a person wants to see of runs, one row each: of the parameters those in which they differ."
     rows, names = [], _varying(records)
     for r in records:
-        code, value = r.get("code") or {}, r["metrics"].get(metric)
+        code = r.get("code") or {}
         own = names[r.get("notebook", "")]
         set_ = {n: r["parameters"][n] for n in own if r["parameters"].get(n) not in (None, "")}
         rows.append(
@@ -570,7 +578,7 @@ def run_table(
                 "status": r["status"] + " (dated ahead)" * _is_ahead(r),
                 "task": r.get("task", ""),
                 "notebook": Path(r.get("notebook") or "").stem,
-                metric: f"{value:.4f}" if isinstance(value, (int, float)) else "",
+                metric: _with_interval(r["metrics"], metric),
                 "seconds": f"{r['seconds']:.0f}" if r.get("seconds") is not None else "",
                 "commit": (code.get("commit") or "")[:7] + ("+" if code.get("dirty") else ""),
                 "parameters": " ".join(f"{k}={say_value(v)}" for k, v in set_.items()),

@@ -18,7 +18,7 @@ from ..metrics import spread, wilson_interval
 from .contract import load_contract, say_value
 
 # %% ../../nbs/runs/90_results.ipynb #b365d608
-_ASIDE = {"task", "source", "recipe", "seed", "resume", "wandb", "profile"}
+_ASIDE = {"task", "source", "recipe", "seed", "folds", "resume", "wandb", "profile"}
 _UNSET = {"early_stopping": 0, "precision": "auto", "accelerator": "auto", "devices": 1}
 
 
@@ -40,13 +40,10 @@ def _defaults(
     return {p.name: p.default for p in load_contract(path).parameters} if path.is_file() else {}
 
 
-def _counts(
-    record: Mapping[str, Any],  # of a run
-) -> bool:
-    "Whether a run is a finished training on all of the data."
-    asked, metrics = record["parameters"], record["metrics"]
-    limited = any(v for k, v in asked.items() if k.startswith("limit"))
-    measured = all(isinstance(metrics.get(name), (int, float)) for name in ("test/acc", "train/seconds"))
+def _counts(record: Mapping[str, Any], *names: str) -> bool:
+    "Whether a run is finished, on all of the data, and has measured some metrics."
+    limited = any(v for k, v in record["parameters"].items() if k.startswith("limit"))
+    measured = all(isinstance(record["metrics"].get(name), (int, float)) for name in names)
     return record["status"] == "finished" and measured and not limited
 
 
@@ -144,7 +141,22 @@ def _machine(record: Mapping[str, Any]) -> str:
     gpu = f"{found['gpu']}, " if found.get("gpu") else ""
     return f"{gpu}{found.get('cpu', 'unknown')}, {found.get('cores', '?')} cores"
 
+# %% ../../nbs/runs/90_results.ipynb #c7000002
+def _crossed(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, Any], dict[str, Any]]:
+    "The newest cross-validation of each task, recipe and data."
+    found: dict[tuple[str, str, Any], dict[str, Any]] = {}
+    for record in records:
+        if _counts(record, "cv/acc", "cv/n", "cv/folds"):
+            own = {k.removeprefix("cv/"): v for k, v in record["metrics"].items() if k.startswith("cv/")}
+            found[record["task"], _name(record), _basis(record)[0]] = own | {"run": record["id"]}
+    return found
+
 # %% ../../nbs/runs/90_results.ipynb #737be82d
+def _key(row: Mapping[str, Any]) -> tuple[str, str, Any]:
+    "What a row and a cross-validation must share."
+    return row["task"], row["recipe"], row.get("data")
+
+
 def collect_results(
     records: Sequence[Mapping[str, Any]],  # from `list_runs`
     tasks: Sequence[str] = (),  # the order of tasks; others follow by name
@@ -152,12 +164,15 @@ def collect_results(
 ) -> list[dict[str, Any]]:  # a row a task and recipe, JSON types; of a task the quickest first
     "What was reached by task and recipe, from the records of runs."
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for record in filter(_counts, records):
+    for record in (r for r in records if _counts(r, "test/acc", "train/seconds")):
         groups.setdefault((record["task"], _name(record)), []).append(record)
     ids = [r["id"] for r in records]
     order = {name: i for i, name in enumerate(tasks)}
     rows = [_row(group, ids) for group in groups.values()]
+    before = list(before)
     rows += [dict(row) for row in before if (row["task"], row["recipe"]) not in groups]
+    crossed = {_key(row): row["cross"] for row in before if row.get("cross")} | _crossed(records)
+    rows = [row | {"cross": crossed.get(_key(row))} for row in rows]
     return sorted(rows, key=lambda r: (order.get(r["task"], len(order)), r["task"], r["seconds"], r["recipe"]))
 
 # %% ../../nbs/runs/90_results.ipynb #126b7106
@@ -190,6 +205,14 @@ def _trained_in(row: Mapping[str, Any]) -> str:
     return f"{seconds} ({', '.join(cards)})" if cards else seconds
 
 
+def _folds(cross: Mapping[str, Any] | None) -> str:
+    "The accuracy over all folds with its interval."
+    if not cross:
+        return ""
+    low, high = wilson_interval(cross["acc"] * cross["n"], cross["n"])
+    return f"{100 * cross['acc']:.2f} ({100 * low:.1f} to {100 * high:.1f} of {cross['n']:,}, {cross['folds']} folds)"
+
+# %% ../../nbs/runs/90_results.ipynb #c7000011
 def result_texts(
     rows: Iterable[Mapping[str, Any]],  # from `collect_results`, or read from the file
 ) -> list[dict[str, str]]:  # a row a task and recipe, texts
@@ -201,6 +224,7 @@ def result_texts(
             "test accuracy, %": _percent(row["test_acc"]),
             "95 % interval": _between(row),
             "of": _tested(row),
+            "cross-validated, %": _folds(row.get("cross")),
             "other origin, balanced %": _percent(row["ood_balanced_acc"]),
             "training, s": _trained_in(row),
             "parameters": "" if row["parameters"] is None else f"{row['parameters']:,.0f}",
