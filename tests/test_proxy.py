@@ -1,14 +1,12 @@
 """Behind a proxy: a real nginx before the real service, and before the page that is deployed apart.
 
-nginx is the one on the PATH or in /usr/sbin. Debian's package needs no root: `apt-get download nginx`, `dpkg -x` into a
-folder, and its usr/sbin on the PATH.
+nginx is the one on the PATH or in /usr/sbin, or Debian's package, which is unpacked without root.
 """
 
 import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +17,7 @@ from urllib.parse import urljoin
 import httpx
 import pytest
 from browser import Browser, find_chromium
+from debian import program
 from serve_process import Server, image_bundle, make_registry, png
 from test_frontend import Front
 
@@ -26,8 +25,6 @@ from project.serve.client import predict_files
 from project.serve.limits import Settings, new_key
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and /proc")
-NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
-needs_nginx = pytest.mark.skipif(not NGINX, reason="nginx is not installed (Debian's package nginx, unpacked, will do)")
 
 MAIN = """
 worker_processes 1;
@@ -60,6 +57,7 @@ LIAR = (
 @contextlib.contextmanager
 def nginx(folder, to, prefix, *servers):
     """nginx with these servers; their addresses. Its sockets are opened here, so no port is lost in between."""
+    exe = program("nginx", "nginx")
     folder.mkdir()
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in servers]
     ports = [s.getsockname()[1] for s in sockets]
@@ -67,7 +65,7 @@ def nginx(folder, to, prefix, *servers):
     (folder / "nginx.conf").write_text(MAIN.format(folder=folder, servers=text), encoding="utf-8")
     fds = [s.fileno() for s in sockets]
     env = os.environ | {"NGINX": "".join(f"{fd};" for fd in fds)}  # as it hands them to the next of itself
-    command = [NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", "daemon off; user root;"]
+    command = [exe, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", "daemon off; user root;"]
     if os.getuid():
         command[-1] = "daemon off;"
     with (folder / "err.txt").open("wb") as err:
@@ -123,7 +121,6 @@ def ask(api, path="predict/brightness", **more):
     raise AssertionError("too many requests, twenty times")
 
 
-@needs_nginx
 @pytest.mark.parametrize("way", [0, 1], ids=["cut", "left"])
 def test_everything_below_a_prefix(fronts, way):
     with client(f"{fronts[way]}/ml/v1/", "127.0.0.9") as api:
@@ -147,14 +144,12 @@ def test_everything_below_a_prefix(fronts, way):
         assert api.get("health/ready").json()["status"] == "ready"
 
 
-@needs_nginx
 def test_our_own_client_below_a_prefix(fronts, tmp_path):
     (tmp_path / "a.png").write_bytes(png(5))
     (answer,) = predict_files([tmp_path / "a.png"], url=f"{fronts[1]}/ml/v1", task="brightness")
     assert answer.error == "" and "dark" in str(answer)
 
 
-@needs_nginx
 @pytest.mark.parametrize("way", [0, 1], ids=["cut", "left"])
 def test_redirects_are_relative(fronts, way):
     with client(fronts[way], "127.0.0.8") as api:
@@ -175,7 +170,6 @@ def test_redirects_are_relative(fronts, way):
         assert urljoin(f"{fronts[way]}/ml/v1", answer.headers["location"]) == f"{fronts[way]}/ml/v1/"
 
 
-@needs_nginx
 def test_a_rate_is_of_the_client_and_not_of_the_proxy(fronts, served):
     """Nobody escapes by writing an address, and nobody suffers for another behind the same proxy."""
     forged = ({}, {"x-forwarded-for": "192.0.2.1"}, {"x-forwarded-for": "127.0.0.1"}, {"x-forwarded-for": "<script>"})
@@ -192,7 +186,6 @@ def access(server):
     return [json.loads(line) for line in server.out.read_text(encoding="utf-8").splitlines()]
 
 
-@needs_nginx
 def test_what_is_no_address_names_nobody(fronts, served):
     marked = {"x-request-id": "nonsense-1"}
     assert get(fronts[2], "/ml/v1/models", "127.0.0.5", headers=marked).status_code == 200
@@ -336,7 +329,6 @@ def page(served, tmp_path_factory):
         yield front
 
 
-@needs_nginx
 @pytest.mark.parametrize("way", [CUT, LEFT], ids=["cut", "left"])
 def test_the_page_below_a_prefix(page, tmp_path, way):
     with nginx(tmp_path / "nginx", page.url, "/ask", way) as (url,), client(f"{url}/ask", "127.0.0.1") as http:
@@ -358,7 +350,6 @@ def test_the_page_below_a_prefix(page, tmp_path, way):
         assert http.get("/monitoring").status_code == 404
 
 
-@needs_nginx
 @pytest.mark.skipif(not find_chromium(), reason="no Chromium")
 @pytest.mark.parametrize("way", [CUT, LEFT], ids=["cut", "left"])
 def test_both_pages_below_a_prefix_in_a_browser(page, served, fronts, tmp_path, way):
