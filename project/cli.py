@@ -7,8 +7,8 @@ __all__ = ['Check', 'Names', 'app', 'data', 'data_build', 'data_show', 'run_note
            'reproduce_run', 'params', 'verify_files', 'scan', 'fresh', 'models', 'models_list', 'models_add',
            'models_best', 'models_show', 'models_verify', 'models_alias', 'models_rollback', 'models_retire',
            'models_compress', 'models_lineage', 'models_gc', 'models_mirror', 'promote_model', 'serve_models',
-           'predict', 'predictions', 'list_predictions', 'export_predictions', 'purge_predictions', 'doctor',
-           'completion']
+           'predict', 'predictions', 'list_predictions', 'export_predictions', 'purge_predictions', 'slo', 'slo_write',
+           'slo_check', 'doctor', 'completion']
 
 # %% ../nbs/cli/10_cli.ipynb #8e0d05bc
 import contextlib
@@ -1254,6 +1254,39 @@ def purge_predictions(days: float, log: str | None, yes: bool) -> None:
         click.confirm(f"Delete {n} of {table.count()} predictions, those older than {days:g} days?", abort=True)
     click.echo(f"{table.purge(days)} predictions deleted")
 
+# %% ../nbs/cli/10_cli.ipynb #510c0002
+@app.group(cls=_Group)
+def slo() -> None:
+    "Turn objectives into rules, tests, a dashboard and a page."
+
+
+@slo.command("write")
+@click.argument("folder", default="")
+def slo_write(folder: str) -> None:
+    """Write everything that watches the objectives of FOLDER/slo.yaml.
+
+    FOLDER is docker/monitoring by default.
+    """
+    from project.monitor.watching import write_slo
+
+    for path in write_slo(folder or None):
+        click.echo(show_path(path))
+
+
+@slo.command("check")
+@click.argument("folder", default="")
+def slo_check(folder: str) -> None:
+    "Say which files are not what FOLDER/slo.yaml means; status 1 where there are any."
+    from project.monitor.watching import check_slo, slo_dir
+
+    changed = check_slo(folder or None)
+    for name in changed:
+        path = show_path(Path(folder or slo_dir()) / name)
+        click.echo(f"{path}: not what slo.yaml means; `project slo write` writes it")
+    if changed:
+        raise SystemExit(1)
+    click.echo("all files are what slo.yaml means")
+
 # %% ../nbs/cli/10_cli.ipynb #eba94932
 Check = tuple[str, str, str]  # ok | note | fix, what was looked at, what was found (and what to do)
 
@@ -1594,6 +1627,8 @@ _EXAMPLES |= {
     ],
     "models gc": ["project models gc", "project models gc fashion_mnist --keep 3 --yes"],
     "models mirror": ["project models mirror --task fashion_mnist"],
+    "slo write": ["project slo write", "project slo write my/objectives"],
+    "slo check": ["project slo check"],
     "promote": ["project promote", "project promote last --yes", "project promote -p slower 3"],
     "serve": ["project serve", "project serve --task fashion_mnist --port 8080 --workers 2"],
     "predict": ["project predict shirt.png", "project predict photos --task fashion_mnist --out answers.csv"],
