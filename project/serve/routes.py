@@ -97,7 +97,7 @@ def request_done(
 
 # %% ../../nbs/serve/80_routes.ipynb #f2e61782
 def _json(content: Any, status: int = 200, **headers: str) -> Response:
-    "An answer of a route that is not hot."
+    "An answer of a route that is not hot; X_Y is the header X-Y."
     named = {k.replace("_", "-"): v for k, v in headers.items()}
     return Response(json.dumps(content), status, named, "application/json")
 
