@@ -222,7 +222,7 @@ def _environment(given: Mapping[str, Any]) -> dict[str, str]:
     return {names[k]: lists.get(k, str(v)) for k, v in given.items() if v not in (None, (), [])}
 
 # %% ../../nbs/serve/90_api.ipynb #a6a28acc
-_LOGGING = {
+_LOGGING: dict[str, Any] = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"json": {"()": "project.serve.limits.JsonFormatter"}},
