@@ -20,7 +20,7 @@ from onnxruntime import InferenceSession
 from serve_process import Server, image_bundle, make_registry, png, text_bundle
 from starlette.responses import StreamingResponse
 
-from project.serve import api
+from project.serve import api, schemas
 from project.serve.limits import Settings, new_key
 from project.serve.log import PredictionLog
 
@@ -61,7 +61,7 @@ def test_image_as_form_and_as_body(client, served):
     form = client.post("/predict/brightness", files={"file": ("a.png", png(250))})
     body = client.post("/predict/brightness", content=png(250), headers={"content-type": "image/png"})
     for answer in (form, body):
-        found = api.Prediction.model_validate(answer.json())
+        found = schemas.Prediction.model_validate(answer.json())
         assert (found.task, found.class_, found.model_version) == ("brightness", "bright", served.versions[0])
         assert answer.headers["x-model-version"] == found.model_version
         assert list(found.probabilities) == ["bright", "dark"]  # the largest first
@@ -197,7 +197,7 @@ def test_batch_of_files(client):
     sent = [("files", (f"{v}.png", png(v))) for v in (250, 3)]
     sent.insert(1, ("files", ("../../bad.png", b"not an image")))
     answer = client.post("/predict/brightness/batch", files=sent)
-    found = api.BatchAnswer.model_validate(answer.json())
+    found = schemas.BatchAnswer.model_validate(answer.json())
     assert [row.row for row in found.rows] == [0, 1, 2]
     assert [row.name for row in found.rows] == ["250.png", "bad.png", "3.png"]
     assert [row.prediction and row.prediction.class_ for row in found.rows] == ["bright", None, "dark"]
@@ -240,7 +240,7 @@ def test_batch_is_the_same_as_one_by_one(client):
 
 
 def test_models(client, served):
-    found = api.ModelList.model_validate(client.get("/models").json()).models
+    found = schemas.ModelList.model_validate(client.get("/models").json()).models
     assert [m.task for m in found] == ["brightness", "news"]
     one = client.get("/models/brightness").json()
     assert (one["version"], one["classes"], one["kind"]) == (served.versions[0], ["bright", "dark"], "image")
@@ -277,7 +277,7 @@ def test_samples(client):
     assert client.post("/predict/brightness", files={"file": picture.content}).json()["class"] == "dark"
     for i, said in enumerate(("bright", "dark")):
         answer = client.post(f"/predict/brightness/samples/{i}").json()
-        assert api.SamplePrediction.model_validate(answer).correct and answer["class"] == said
+        assert schemas.SamplePrediction.model_validate(answer).correct and answer["class"] == said
     texts = client.get("/samples/news").json()["samples"]
     assert texts[1] == {"id": "1", "label": "fake", "kind": "text", "title": "Bad, bad", "text": "bad"}
     assert client.get("/samples/news/0").json() == {"title": "Good", "text": "good"}
@@ -314,7 +314,7 @@ def test_feedback(client):
 
 def test_health_and_metrics(client, served):
     assert client.get("/health/live").json() == {"status": "live"}
-    found = api.Health.model_validate(client.get("/health/ready").json())
+    found = schemas.Health.model_validate(client.get("/health/ready").json())
     assert found.status == "ready" and found.models["brightness"] == served.versions[0]
     client.get("/some/odd/path/7")
     text = client.get("/metrics").text

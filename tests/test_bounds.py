@@ -23,9 +23,9 @@ from PIL import Image, features
 from serve_process import Server, image_bundle, make_registry, png, text_bundle
 
 from project.data.readers import ImageError, decode_image, image_bytes
-from project.serve import api, predictor
+from project.serve import api, inputs, models, predict, predictor, routes
 from project.serve.limits import Call, Problem, Settings, check_json, form_parts, json_body
-from project.serve.log import new_id
+from project.serve.log import PredictionLog, new_id
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc, and limits of Linux")
 EDGE = 5000  # of a bomb: 25 million pixels
@@ -239,12 +239,12 @@ def test_bombs_of_every_format_at_once(tmp_path):
     assert 200 in found["JPEG"] and 200 in found["PNG grey"]
 
 
-def service_of(folder: Path, **settings: object) -> api.Service:
+def service_of(folder: Path, **settings: object) -> models.Service:
     """A service that is not behind HTTP."""
     given = {"log": str(folder / "log.db"), "access": False, "bundles": (str(folder / "image"), str(folder / "text"))}
     image_bundle(folder / "image")
     text_bundle(folder / "text")
-    return api.Service(Settings(**given | settings))
+    return models.Service(Settings(**given | settings))
 
 
 def call(path: str, body: bytes, kind: str, method: str = "POST") -> Call:
@@ -265,7 +265,7 @@ def test_large_images_wait_where_nobody_else_does(tmp_path):
             assert image_bytes(large, 28, 1) > predictor._LIGHT
             send = [call("/predict/brightness", x, "image/png") for x in [large] * 6 + [png(250, 1000), png(250)] * 4]
             with predictor._one_at_a_time:
-                work = [asyncio.create_task(api.predict(service, "brightness", c)) for c in send]
+                work = [asyncio.create_task(predict.predict(service, "brightness", c)) for c in send]
                 await asyncio.gather(*work[6:])
                 assert not any(w.done() for w in work[:6])
             assert {r.status for r in await asyncio.gather(*work)} == {200}
@@ -323,7 +323,7 @@ def test_json_that_is_none(body):
 
 def test_errors_do_not_repeat_what_was_sent():
     many = json.dumps({"rows": [["x"] * 20] * 250 + [{"title": ["x"] * 1000}]}).encode()
-    rows = api.read_many(call("/", many, "application/json"), "text", ["title"], 256)
+    rows = inputs.read_many(call("/", many, "application/json"), "text", ["title"], 256)
     assert {r.detail for r in rows[:-1]} == {'expected an object of texts such as {"title": "…"}, found a list.'}
     assert rows[-1].detail.endswith("found a 'title' that is a list.")
 
@@ -339,9 +339,9 @@ def test_large_bodies_are_taken_apart_in_a_thread(tmp_path, monkeypatch):
 
         return done
 
-    monkeypatch.setattr(api, "json_body", noted(api.json_body))
-    monkeypatch.setattr(api, "form_parts", noted(api.form_parts))
-    monkeypatch.setattr(api, "csv_rows", noted(api.csv_rows))
+    monkeypatch.setattr(inputs, "json_body", noted(inputs.json_body))
+    monkeypatch.setattr(inputs, "form_parts", noted(inputs.form_parts))
+    monkeypatch.setattr(inputs, "csv_rows", noted(inputs.csv_rows))
     monkeypatch.setenv("AIP_PREDICT_ROUTE", "/vertex")
     long = "x" * 70_000
     form = {"files": {"file": ("a.csv", f"title,text\n{long},x\n")}}
@@ -377,9 +377,9 @@ def test_large_bodies_are_taken_apart_in_a_thread(tmp_path, monkeypatch):
 def test_a_table_with_endless_rows():
     for content in (b"," * 5_000_000, b"title,text\n" + b'"\n",' * 1_000_000, b"title,text\n" + b"x" * 3_000_000):
         with pytest.raises(Problem) as told:
-            api.csv_rows(content, ["title"], 256)
+            inputs.csv_rows(content, ["title"], 256)
         assert told.value.status in (400, 413)
-    rows = api.csv_rows(b"title,text\n" + b"good,bad\n" * 256, ["title", "text"], 256)
+    rows = inputs.csv_rows(b"title,text\n" + b"good,bad\n" * 256, ["title", "text"], 256)
     assert len(rows) == 256 and rows[0].row == {"title": "good", "text": "bad"}
 
 
@@ -511,12 +511,12 @@ def test_unknown_ids_are_asked_for_as_often_as_makes_sense(tmp_path):
                 asked.clear()
                 id = unknown(n)
                 with pytest.raises(Problem, match="none by this id"):
-                    await api._logged(service, id)
+                    await routes.logged(service, id)
                 assert len(asked) == (6 if n % 3 == 0 else 1)
             for odd in ("", "x", "a" * 65, "a/b", "💥" * 9):
                 asked.clear()
                 with pytest.raises(Problem):
-                    await api._logged(service, odd)
+                    await routes.logged(service, odd)
                 assert not asked
         finally:
             await api.stop(service)
@@ -530,10 +530,10 @@ def test_a_row_on_its_way_is_waited_for(tmp_path):
     async def main() -> None:
         service = service_of(tmp_path)
         await api.start(service)
-        other = api.PredictionLog(service.settings.log)
+        other = PredictionLog(service.settings.log)
         try:
             id = new_id()
-            asked = asyncio.create_task(api._logged(service, id))
+            asked = asyncio.create_task(routes.logged(service, id))
             await asyncio.sleep(0.1)
             other.put({"id": id, "task": "news", "version": "v1", "predicted": "fake"})
             assert await asyncio.to_thread(other.flush)

@@ -13,9 +13,9 @@ from serve_process import Server, image_bundle, make_registry, png
 from project.bundle.manifest import WORDS, BundleError, card_words, open_bundle, write_manifest
 from project.bundle.registry import Registry
 from project.data.tasks import get_task, task_names
-from project.serve.api import changed_files, load_model
 from project.serve.card import card_html
 from project.serve.limits import Settings
+from project.serve.models import changed_files, load_model
 
 PARTS = [
     *(WORDS[part] for part in ("use", "limits", "data", "licence")),

@@ -20,6 +20,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from PIL import Image
+from serve_process import image_bundle
 from torch import nn
 
 from project.bundle.export import export_bundle
@@ -614,3 +615,27 @@ def test_import_is_light():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
     assert found.split() == ["1", "[]"]
+
+
+# A file of a large form is a view of the request's body
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "progressive JPEG"])
+def test_a_view_is_read_as_bytes_are(tmp_path, kind):
+    predictor = Predictor(image_bundle(tmp_path / "image"))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    noise.save(out := io.BytesIO(), kind.split()[-1], **({"progressive": True} if " " in kind else {}))
+    view = memoryview(b"--b" + out.getvalue() + b"--b")[3:-3]
+    np.testing.assert_array_equal(predictor.read_image(view), predictor.read_image(out.getvalue()))
+    assert predictor.quick(view) == predictor.quick(out.getvalue())
+
+
+@pytest.mark.parametrize("content", [b"", b"%PDF-1.7", b"\x89PNG\r\n\x1a\n" + bytes(99), b"\0\0\0\x1cftypheic"])
+def test_a_view_is_refused_as_bytes_are(tmp_path, content):
+    predictor = Predictor(image_bundle(tmp_path / "image"))
+    told = []
+    for given in (content, memoryview(content)):
+        with pytest.raises(InputError) as e:
+            predictor.read_image(given)
+        told.append((e.value.status, str(e.value)))
+    assert told[0] == told[1]

@@ -11,7 +11,7 @@ from serve_process import Server, image_bundle, make_registry, png, text_bundle
 
 from project.bundle.registry import Registry
 from project.cli import app
-from project.serve import api
+from project.serve import api, models, swaps
 from project.serve.limits import Settings
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and /proc")
@@ -203,12 +203,12 @@ def test_what_is_damaged_in_a_bucket_is_fetched_once(tmp_path, monkeypatch, capl
     name = f"brightness/bundles/{second.folder}/model.onnx"
     content = registry._place.read([name])[0]
     registry._place.put(name, content[:-1] + b"!")
-    service = api.Service(Settings(poll=0.01, access=False))
+    service = models.Service(Settings(poll=0.01, access=False))
     service.registry = registry
 
     async def look(times, until=lambda: False):
         for _ in range(times):
-            await api.refresh(service)
+            await swaps.refresh(service)
             if until():
                 return
             await asyncio.sleep(0.02)
@@ -236,19 +236,19 @@ def test_a_store_that_does_not_answer_is_one_line(tmp_path, monkeypatch, caplog)
     registry = Registry(f"memory://{tmp_path.name}/models")
     for bundle in (image_bundle(tmp_path / "a"), text_bundle(tmp_path / "b")):
         registry.alias(bundle.task, "production", registry.add(bundle).name)
-    service = api.Service(Settings(poll=0.01, access=False, tasks=("brightness", "news")))
+    service = models.Service(Settings(poll=0.01, access=False, tasks=("brightness", "news")))
     service.registry = registry
 
     async def life():
-        await api.refresh(service)
+        await swaps.refresh(service)
         assert sorted(service.models) == ["brightness", "news"]
         with monkeypatch.context() as broken:
             broken.setattr(registry._place, "ask", lambda *_: (_ for _ in ()).throw(KeyError("token")))
             for _ in range(3):
-                await api.refresh(service)
+                await swaps.refresh(service)
             assert {t: x.state for t, x in service.troubles.items()} == {"": "unreadable"}
             assert len([r for r in caplog.records if "it cannot be read" in r.getMessage()]) == 1
-        await api.refresh(service)
+        await swaps.refresh(service)
         assert not service.troubles and sorted(service.models) == ["brightness", "news"]
         await api.stop(service)
 

@@ -190,7 +190,7 @@ class ImageError(ValueError):
 
 
 def _open_image(
-    content: bytes,  # a file
+    content: bytes | memoryview,  # a file
     max_pixels: int,  # refuse more
     formats: tuple[str, ...],  # allow only these
 ) -> Image.Image:  # its head is read, its pixels are not
@@ -210,7 +210,7 @@ def _open_image(
     return image
 
 
-def _kind(content: bytes, formats: Sequence[str]) -> str:
+def _kind(content: bytes | memoryview, formats: Sequence[str]) -> str:
     "What bytes are that no decoder takes."
     content = bytes(content[:512])  # what came in a large form is a view
     kind = kind_of(content)
@@ -247,7 +247,7 @@ def _flat(image: Image.Image, mode: str) -> Image.Image:
 _BEYOND = {"WEBP": 8, "GIF": 1, "BMP": 3, "PNG": 1}  # bytes a pixel that decoders hold beside the image itself
 
 
-def _whole_coefficients(image: Any, content: bytes) -> int:
+def _whole_coefficients(image: Any, content: bytes | memoryview) -> int:
     "Bytes that a JPEG in several scans holds until the last of them, however small the image is wanted."
     scan = image.fp.tell() - 8 - 2 * image.layers  # Pillow stops after the head of the first one
     if not image.info.get("progressive") and content[scan : scan + 5 : 4] == bytes([0xFF, image.layers]):
@@ -259,7 +259,7 @@ def _whole_coefficients(image: Any, content: bytes) -> int:
 
 
 def image_bytes(
-    content: bytes,  # a file
+    content: bytes | memoryview,  # a file
     size: int,  # edge of the result
     channels: int = 3,  # 3: RGB, 1: grey
 ) -> int:  # bytes
@@ -271,7 +271,7 @@ def _damaged(kind: str | None, e: Exception) -> ImageError:
     return ImageError(f"expected a whole image, found a damaged {kind} ({e or type(e).__name__})")
 
 
-def _held(image: Any, content: bytes, size: int, channels: int) -> int:
+def _held(image: Any, content: bytes | memoryview, size: int, channels: int) -> int:
     held = 0
     if hasattr(image, "layers"):
         try:
@@ -303,7 +303,7 @@ def _pixels(image: Image.Image, size: int, mode: str) -> np.ndarray:
 
 
 def decode_image(
-    content: bytes,  # a file, as it was sent or published
+    content: bytes | memoryview,  # a file, as it was sent or published
     size: int,  # edge of the result
     channels: int = 3,  # 3: RGB, 1: grey
     *,

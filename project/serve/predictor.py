@@ -48,7 +48,7 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
 
 
 def image_pixels(
-    content: bytes,  # a file
+    content: bytes | memoryview,  # a file
 ) -> int:  # 0 where the head cannot be read
     "How many pixels an image says it has; none is decoded."
     if content[:8] == _MAGIC[1] and len(content) > 32:  # the usual one, without Pillow
@@ -64,7 +64,7 @@ def image_pixels(
 
 
 def _refusal(
-    content: bytes,  # what was sent
+    content: bytes | memoryview,  # what was sent
     error: ImageError,  # why it was not decoded
     most: int,  # pixels that are allowed
 ) -> InputError:  # the same, with a status
@@ -259,7 +259,7 @@ class Predictor(_Model):
 
     def quick(
         self,
-        given: bytes | Mapping[str, str],  # a file, or the fields of a text
+        given: bytes | memoryview | Mapping[str, str],  # a file, or the fields of a text
     ) -> bool:
         "Whether reading takes well under a millisecond."
         if isinstance(given, Mapping):
@@ -268,7 +268,7 @@ class Predictor(_Model):
 
     def read_image(
         self,
-        content: bytes,  # a file, as it was sent
+        content: bytes | memoryview,  # a file, as it was sent
         wait: bool = True,  # for its turn, if it is a large one; else it raises `Heavy`
     ) -> np.ndarray:  # (H, W) or (H, W, 3), raw pixels
         "Decode an image as training did; `InputError` says what is wrong with it."
