@@ -206,8 +206,8 @@ def show_floors(
     "Floors as bands, from the ground up, and their imports as arcs."
     from matplotlib.patches import FancyArrowPatch
 
-    below = {floor: ", ".join(b for b in floors if (floor, b) in imports) or "nothing" for floor in floors}
-    told = "; ".join(f"{floor} ({', '.join(floors[floor])}) imports {names}" for floor, names in below.items())
+    used = {floor: ", ".join(b for b in floors if (floor, b) in imports) or "nothing" for floor in floors}
+    told = "; ".join(f"{floor} ({', '.join(floors[floor])}) imports {names}" for floor, names in used.items())
     figure, ax = _figure(8, 0.5 + 0.45 * len(floors), f"{len(floors)} floors, from the ground up: {told}")
     height = {floor: y for y, floor in enumerate(floors)}
     for floor, y in height.items():
@@ -216,8 +216,17 @@ def show_floors(
         ax.text(0.13, y, textwrap.fill("  ".join(floors[floor]), 105), va="center", fontsize=7, linespacing=1.3)
     for (above, below), n in imports.items():
         start, end = height[above], height[below]
-        arc = {"arrowstyle": "-|>", "connectionstyle": f"arc3,rad=-{0.3 + 0.06 * (start - end)}", "mutation_scale": 7}
-        ax.add_patch(FancyArrowPatch((1, start), (1, end), lw=0.4 + n / 5, color=f"C{start % 10}", alpha=0.7, **arc))
+        arrow = FancyArrowPatch(
+            (1, start),
+            (1, end),
+            arrowstyle="-|>",
+            connectionstyle=f"arc3,rad=-{0.3 + 0.06 * (start - end)}",
+            mutation_scale=7,
+            lw=0.4 + n / 5,
+            color=f"C{start % 10}",
+            alpha=0.7,
+        )
+        ax.add_patch(arrow)
     ax.set(xlim=(0, 1.25), ylim=(-0.6, len(floors) - 0.4))
     ax.axis("off")
     return figure

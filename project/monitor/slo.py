@@ -144,7 +144,7 @@ def _objective(name: str, node: Any, line: int, problems: list[str]) -> Objectiv
     problems += [f"line {line}: {name}: {f} is missing" for f in needed if f not in values and len(problems) == before]
     if len(problems) > before:
         return None
-    least = values.get("least", _LEAST.get(name, 0))
+    least = int(values.get("least", _LEAST.get(name, 0)))
     return Objective(name, values.get("goal", 0.0), least, values.get(_NEEDS.get(name, ""), 0.0))
 
 # %% ../../nbs/monitor/50_slo.ipynb #510a000d
@@ -377,7 +377,7 @@ def rule_tests(
     "Every alert: where it must fire, and where it must not; days apart from hours, as they need fewer steps."
     made = [case for o in objectives for case in (burn_tests(o) if o.goal else level_tests(o))]
     files = {}
-    for name, every, days in (("rules_hours_test.yaml", "5m", False), ("rules_days_test.yaml", "30m", True)):
+    for name, every, days in (("rules_hours_test.yaml", "15m", False), ("rules_days_test.yaml", "2h", True)):
         cases = [case for case in made if (int(case["alert_rule_test"][0]["eval_time"][:-1]) > 1000) == days]
         files[name] = {"rule_files": [rules], "evaluation_interval": every, "tests": cases}
     return files

@@ -25,8 +25,7 @@ from .recipe import Recipe
 # %% ../../nbs/train/60_crossval.ipynb #c5000006
 def _near(data: Data, pool: np.ndarray) -> list[list[int]]:
     "Groups of near copies among some rows."
-    inputs = data.images[pool] if data.kind == "image" else data.texts[pool].joined()
-    groups = near_images(inputs) if data.kind == "image" else near_texts(inputs)
+    groups = near_texts(data.texts[pool].joined()) if data.texts is not None else near_images(data.images[pool])
     return [pool[group].tolist() for group in groups]
 
 
