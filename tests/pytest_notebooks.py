@@ -7,6 +7,7 @@ through papermill on the committed sample.
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,13 @@ FLOORS = [ROOT / "nbs" / name for name in tomllib.loads((ROOT / ".ci" / "floors.
 SECONDS = 600  # for one notebook; far above what any takes, so that only a hang meets it
 OWN_GROUP = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}  # a new process group
 SMOKE = {"limit_batches": "5"}  # parameters that make a run small, given to notebooks that have them
+RUNNER = ROOT / "tests" / "run_notebook.py"
+LIGHT = "numpy"  # what library notebooks import, from elsewhere
+HEAVY = "numpy matplotlib.pyplot PIL.Image torch pytorch_lightning"  # none that starts a thread: onnxruntime does
+# with one of these it imports torch; `bundle.export` and the loader do so too
+TORCH = re.compile(
+    r"\"(?:from|import) (?:torch|pytorch_lightning|project\.(?:models|train\.(?:module|prepare|fit|tracking)))\b"
+)
 TRAINS = re.compile(r"\bfit\(|optimizer\.step\(")  # in a notebook that trains a network
 NEEDS = {
     "evaluate.ipynb": "train.ipynb",
@@ -51,6 +59,7 @@ def isolated_environment(folder):
     }
     paths = {name: str(folder / sub) for name, sub in folders.items()}
     fixed = {
+        "PYTHONPATH": str(ROOT / "tests" / "site"),
         "PROJECT_SOURCE": str(ROOT / "tests" / "samples"),
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
@@ -69,10 +78,13 @@ def pytest_configure(config):
         os.environ.pop(name, None)
     os.environ.update(isolated_environment(config.scratch))
     config.executed = {}  # run notebooks already run in this session: some need what another leaves
+    config.forks = {}  # by the modules that they have imported: processes that fork one for each notebook
 
 
 def pytest_unconfigure(config):
-    """Leave the environment as it was, and no scratch folder."""
+    """Leave the environment as it was, no scratch folder, and no process."""
+    for fork in getattr(config, "forks", {}).values():
+        fork.close()
     if hasattr(config, "scratch"):
         os.environ.clear()
         os.environ.update(config.environment_before)
@@ -114,7 +126,7 @@ class NotebookFile(pytest.File):
 
 
 class NotebookItem(pytest.Item):
-    """Runs a command in a process group of its own and ends the whole group when time is up."""
+    """A notebook; runs a command in a process group of its own and ends the whole group when time is up."""
 
     def reportinfo(self):
         """Where the test is, in pytest's words."""
@@ -154,17 +166,66 @@ def end_group(process):
     process.wait()
 
 
+class Forks:
+    """A process that has imported what notebooks of a kind import, and forks one for each notebook."""
+
+    def __init__(self, modules, filters, log):
+        self.log = log
+        command = [sys.executable, RUNNER, "--serve", modules, filters, str(SECONDS)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(command, stderr=errors, bufsize=1, **pipes)
+
+    def run(self, path):
+        """The exit status of a notebook, None when it takes too long, and what it printed."""
+        log = self.log.with_name(f"{path.stem}-{time.monotonic_ns()}.log")
+        log.touch()
+        try:
+            self.process.stdin.write(json.dumps([str(path), str(log)]) + "\n")
+            pid = int(self.process.stdout.readline())
+        except (OSError, ValueError):  # it has not even imported them
+            return self.process.wait(), self.log.read_text(encoding="utf-8", errors="replace")
+        status = ended = None
+        try:
+            ended = select.select([self.process.stdout], [], [], SECONDS)[0]
+        finally:  # also Ctrl-C: nothing of ours may outlive the test
+            if not ended:
+                os.killpg(pid, signal.SIGKILL)
+            status = int(self.process.stdout.readline())
+        return status if ended else None, log.read_text(encoding="utf-8", errors="replace")
+
+    def close(self):
+        """Let it end."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
 class LessonItem(NotebookItem):
     """A library notebook, or the front page: run as nbdev_test runs it, its exported cells measured as the module's."""
 
     def runtest(self):
         """Run it in its folder, with pytest's own list of warnings that are no errors."""
         filters = json.dumps(self.config.getini("filterwarnings"))
+        measured = any(name.startswith("COVERAGE_PROCESS") for name in os.environ)  # from the start of a process
+        if hasattr(os, "fork") and not measured:
+            return self.fork(filters)
         try:
-            runner = ROOT / "tests" / "run_notebook.py"
-            self.execute([sys.executable, runner, self.path, filters, str(SECONDS)], cwd=self.path.parent)
+            self.execute([sys.executable, RUNNER, self.path, filters, str(SECONDS)], cwd=self.path.parent)
         except subprocess.TimeoutExpired:
             raise NotebookError(f"{self.path.name} was ended after {SECONDS} s\n\n{self.output}") from None
+
+    def fork(self, filters):
+        """The same in a process that has the imports behind it."""
+        forks, modules = self.config.forks, HEAVY if TORCH.search(self.path.read_text(encoding="utf-8")) else LIGHT
+        if modules not in forks or forks[modules].process.poll() is not None:
+            forks[modules] = Forks(modules, filters, self.config.scratch / f"forks-{len(modules)}.log")
+        started = time.monotonic()
+        status, output = forks[modules].run(self.path)
+        if status is None:
+            raise NotebookError(f"{self.path.name} was ended after {SECONDS} s\n\n{output}")
+        if status:
+            raise NotebookError(f"{self.path.name} failed after {time.monotonic() - started:.0f} s\n\n{output}")
 
 
 class RunItem(NotebookItem):
