@@ -37,6 +37,11 @@ NEEDS = {
     "loadtest.ipynb": "train.ipynb",
     "promote.ipynb": "train.ipynb",
 }  # a notebook that works on what another one leaves
+JUDGE = ("train.ipynb", "evaluate.ipynb")  # run notebooks that say what a network has learned
+# what takes longest, so that no worker has it left when the others are done
+LONGEST = """nbs/train.ipynb tests/test_engine.py tests/test_kills.py tests/test_recipes.py tests/test_tracking.py
+    tests/test_terminal.py tests/test_docs.py tests/test_receipt.py tests/test_store.py nbs/tutorial.ipynb
+    tests/test_compare.py tests/test_resume_fit.py tests/test_load.py tests/test_first_steps.py""".split()
 
 
 def isolated_environment(folder):
@@ -98,6 +103,27 @@ def pytest_collect_file(file_path, parent):
     return None
 
 
+def pytest_xdist_make_scheduler(config, log):
+    """A file at a time, as `--dist loadfile`; run notebooks that need one another are one file."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadGroups(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            folder, _, name = (file := super()._split_scope(nodeid)).rpartition("/")
+            return f"{folder}/{NEEDS[name]}" if name in NEEDS and folder == "nbs" else file
+
+    config.option.loadscopereorder = False  # by the number of tests, which says nothing of their length
+    return LoadGroups(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, and of run notebooks that need one another the first; else as it was."""
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
 def parameters_cell(path):
     """The source of the cell tagged `parameters`, or None."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -120,7 +146,7 @@ class NotebookFile(pytest.File):
         """Yield the notebook as a run or as a lesson."""
         kind = LessonItem if parameters_cell(self.path) is None else RunItem
         item = kind.from_parent(self, name="run")
-        if kind is RunItem or TRAINS.search(self.path.read_text(encoding="utf-8")):
+        if self.path.name in JUDGE if kind is RunItem else TRAINS.search(self.path.read_text(encoding="utf-8")):
             item.add_marker("trained")
         yield item
 
