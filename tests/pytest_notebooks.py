@@ -39,9 +39,22 @@ NEEDS = {
 }  # a notebook that works on what another one leaves
 JUDGE = ("train.ipynb", "evaluate.ipynb")  # run notebooks that say what a network has learned
 # what takes longest, so that no worker has it left when the others are done
-LONGEST = """nbs/train.ipynb tests/test_engine.py tests/test_kills.py tests/test_recipes.py tests/test_tracking.py
-    tests/test_terminal.py tests/test_docs.py tests/test_receipt.py tests/test_store.py nbs/tutorial.ipynb
-    tests/test_compare.py tests/test_resume_fit.py tests/test_load.py tests/test_first_steps.py""".split()
+LONGEST = [
+    "nbs/train.ipynb",
+    "tests/test_engine.py",
+    "tests/test_kills.py",
+    "tests/test_recipes.py",
+    "tests/test_tracking.py",
+    "tests/test_terminal.py",
+    "tests/test_docs.py",
+    "tests/test_receipt.py",
+    "tests/test_store.py",
+    "nbs/tutorial.ipynb",
+    "tests/test_compare.py",
+    "tests/test_resume_fit.py",
+    "tests/test_load.py",
+    "tests/test_first_steps.py",
+]
 
 
 def isolated_environment(folder):

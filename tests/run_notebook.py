@@ -4,8 +4,9 @@ A cell that is exported is compiled under the name and lines of the module it we
 module's, tracebacks show real files, and a module that is not what its notebook exports is found out. And warnings are
 errors.
 
-`run_notebook.py --serve MODULES FILTERS SECONDS` imports what many notebooks import, once, and forks a process for each
-notebook that it is asked for: torch and Lightning alone take longer than most lessons. Of this package it imports nothing.
+`run_notebook.py --serve MODULES FILTERS SECONDS` imports what many notebooks import, once, and forks a process for
+each notebook that it is asked for: torch and Lightning alone take longer than most lessons. Of this package it imports
+nothing.
 """
 
 import ast
@@ -96,7 +97,7 @@ def skipped(cell, flags):
 
 
 def serve(modules, filters, seconds):
-    """For each line [notebook, log] of the input a process of its own: its id is answered, and in the end its status."""
+    """For each line [notebook, log] of the input a process: its id is answered, and in the end its status."""
     add_filters(filters)  # a warning of an import is an error here as well
     for name in modules:
         importlib.import_module(name)

@@ -1,8 +1,8 @@
 """For every Python that the tests start: one import fewer.
 
-jsonschema looks for a checker of international addresses (`format: iri`), which JupyterLab brings along: it compiles a
-grammar as it is imported, for longer than papermill takes to start. No schema here has such a field. Without the checker
-jsonschema is as it is where JupyterLab is not installed.
+jsonschema looks for a checker of international addresses (`format: iri`), which JupyterLab brings along: it compiles
+a grammar as it is imported, for longer than papermill takes to start. No schema here has such a field. Without the
+checker jsonschema is as it is where JupyterLab is not installed.
 """
 
 import sys
