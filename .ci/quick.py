@@ -17,7 +17,8 @@ from pathlib import Path
 from project.runs.imports import imported
 
 ROOT = Path(__file__).resolve().parent.parent
-HABITS = ["tests/test_repository.py", "-k", "notebook or imports or exported or directives or outputs or figures"]
+CHEAP = "notebook or stand_alone or import_forms or exported or directives or outputs or figures"
+HABITS = ["tests/test_repository.py", "-k", CHEAP]
 NOTHING = 5  # pytest's status when no test was chosen
 
 

@@ -8,6 +8,7 @@ that a fault costs seconds. `planted.py --only serve` plants those whose file ha
 import argparse
 import importlib
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -46,39 +47,54 @@ FAULTS = [
     ("metrics.py", "if not (math.isfinite(t) and t > 0):", "if not (math.isfinite(t) and t >= 0):", "test_metrics.py"),
     ("metrics.py", "    there = matrix.sum(1) > 0", "    there = matrix.sum(1) >= 0", "test_metrics.py"),
     ("metrics.py", "    right = labels == said", "    right = labels != said", "test_metrics.py"),
-    ("behaviour.py", "np.flatnonzero([np.any(a != b) for", "np.flatnonzero([np.all(a != b) for", "test_behaviour.py"),
+    (
+        "behaviour.py",
+        "np.flatnonzero([np.any(a != b) for",
+        "np.flatnonzero([np.all(a != b) for",
+        "test_behaviour.py::test_only_changed_inputs_count test_behaviour.py::test_shapes_that_do_not_fit",
+    ),
     ("figures.py", '"image/png": {"alt": said}}', '"image/png": {}}', "test_figures.py"),
     (
         "runs/contract.py",
         "    if t is int and value != int(value):",
         "    if t is int and value == int(value) + 1:",
-        "test_contract.py",
+        "test_contract.py::test_values_and_types",
     ),
-    ("runs/contract.py", "return bool(value <= x)", "return bool(value < x)", "test_contract.py"),
+    (
+        "runs/contract.py",
+        "return bool(value <= x)",
+        "return bool(value < x)",
+        "test_contract.py::test_values_and_types",
+    ),
     (
         "runs/secrets.py",
         "            if len(form) >= 16 and form[:8] in text:",
         "            if len(form) >= 64 and form[:8] in text:",
-        "test_secrets.py",
+        "test_secrets.py::test_a_value_in_two_pieces_is_found_in_the_notebook test_secrets.py::test_raw_notebooks_keep_their_shape",
     ),
     (
         "runs/record.py",
         "return all(isinstance(k, str) and _is_json(v)",
         "return all(isinstance(k, str) or _is_json(v)",
-        "test_record.py",
+        "test_record.py::test_parameters_are_the_json_values test_sittings.py",
     ),
     (
         "runs/record.py",
         'return alike[-1] if alike and alike[-1]["status"] != "finished" else None',
         "return alike[-1] if alike else None",
-        "test_record.py",
+        "test_record.py::test_parameters_are_the_json_values test_sittings.py",
     ),
-    ("runs/receipt.py", "    return len(here) == len(there) and same", "    return same", "test_receipt.py"),
+    (
+        "runs/receipt.py",
+        "    return len(here) == len(there) and same",
+        "    return same",
+        "test_receipt.py::test_files_without_a_receipt",
+    ),
     (
         "runs/compare.py",
         "    if _is_number(a) and _is_number(b):",
         "    if _is_number(a) or _is_number(b):",
-        "test_compare.py",
+        "test_compare.py::test_the_module_imports_little",
     ),
     (
         "runs/results.py",
@@ -90,7 +106,7 @@ FAULTS = [
         "runs/fresh.py",
         "    off, large = abs(a - b), max(abs(a), abs(b))",
         "    off, large = a - b, max(abs(a), abs(b))",
-        "test_fresh.py",
+        "test_fresh.py::test_an_edit_is_stale_where_it_is_code",
     ),
     (
         "data/sources.py",
@@ -105,7 +121,7 @@ FAULTS = [
         "if isinstance(row, str):",
         "test_readers.py",
     ),
-    ("data/readers.py", "MAX_PIXELS = 50_000_000", "MAX_PIXELS = 50_000_000_000", "test_readers.py test_bounds.py"),
+    ("data/readers.py", "MAX_PIXELS = 50_000_000", "MAX_PIXELS = 50_000_000_000", "test_readers.py"),
     (
         "data/cleaning.py",
         "return [group for group in rows.values() if len(group) > 1]",
@@ -125,7 +141,7 @@ FAULTS = [
         "data/tasks.py",
         "    if len(sizes) < 2 or sizes.min() < 2:",
         "    if len(sizes) < 2 or sizes.min() < 1:",
-        "test_tasks.py test_store.py",
+        "test_tasks.py",
     ),
     ("data/features.py", "where=shares > 0)", "where=shares >= 0)", "test_features.py"),
     ("models/vision.py", "self.around = stride == 1 and i == o", "self.around = stride == 1", "test_vision.py"),
@@ -173,7 +189,7 @@ FAULTS = [
         "bundle/gate.py",
         "n, k = only_first + only_second, min(only_first, only_second)",
         "n, k = only_first + only_second, max(only_first, only_second)",
-        "test_gate.py",
+        "test_gate.py::test_mcnemar_is_exact",
     ),
     (
         "bundle/compress.py",
@@ -185,7 +201,7 @@ FAULTS = [
         "bundle/mirror.py",
         "if now.get(alias) != stood.get(alias)]",
         "if now.get(alias) == stood.get(alias)]",
-        "test_mirror.py",
+        "test_mirror.py::test_without_a_key_or_a_wish_nothing_is_tried",
     ),
     (
         "serve/batching.py",
@@ -204,7 +220,7 @@ FAULTS = [
         "serve/limits.py",
         'self.given = [h for h in hashes if h != "none"]',
         "self.given = list(hashes)",
-        "test_api.py test_doors.py",
+        "test_doors.py",
     ),
     (
         "serve/metrics.py",
@@ -218,11 +234,16 @@ FAULTS = [
         "        if name in names and value not in",
         "test_predictor.py",
     ),
-    ("serve/predictor.py", "    if held > most:", "    if held > 2 * most:", "test_predictor.py test_bounds.py"),
+    ("serve/predictor.py", "    if held > most:", "    if held > 2 * most:", "test_predictor.py"),
     ("serve/client.py", "        if name not in head:", "        if name in head:", "test_client.py"),
     ("serve/client.py", "    if task not in tasks:", "    if task in tasks:", "test_client.py"),
     ("serve/card.py", "self.silent = max(0, self.silent - 1)", "self.silent = 0", "test_card.py"),
-    ("serve/load.py", "not all(0 <= v <= 1 for v in values) or", "False or", "test_load.py"),
+    (
+        "serve/load.py",
+        "not all(0 <= v <= 1 for v in values) or",
+        "False or",
+        "test_load.py::test_only_a_prediction_is_a_prediction",
+    ),
     ("cli.py", "    if not extras:", "    if extras:", "test_cli.py"),
     (
         "cli.py",
@@ -279,23 +300,33 @@ def tests(folder, *names):
 
 
 def judge(folder, name, old, new, files):
-    """Plant one: whether it was found, and by which test."""
+    """Plant one, in the module and in its notebook: whether it was found, and by which test."""
     path = folder / "project" / name
     text = path.read_text(encoding="utf-8")
-    if text.count(old) != 1:
-        return "not planted", f"{old!r} is there {text.count(old)} times"
+    lesson = (path.parent / re.search(r"File to edit: (\S+)\.", text)[1]).resolve()
+    cells = lesson.read_text(encoding="utf-8")
+    as_json = [json.dumps(part, ensure_ascii=False)[1:-1] for part in (old, new)]
+    as_json = [part.replace("\\n", '\\n",\n    "') for part in as_json]  # a line of a cell is a text of its own
+    if (text.count(old), cells.count(as_json[0])) != (1, 1):
+        return "not planted", f"it is there {text.count(old)} and {cells.count(as_json[0])} times"
     path.write_text(text.replace(old, new), encoding="utf-8")
+    lesson.write_text(cells.replace(*as_json), encoding="utf-8")
+    groups = [[f"tests/{file}" for file in files.split()], [lesson.relative_to(folder).as_posix()]]
     try:
-        status, said = tests(folder, *(f"tests/{file}" for file in files.split()))
+        for names in groups:  # the lesson only where its tests find nothing
+            status, said = tests(folder, *names)
+            if status != 0:
+                break
     finally:
         path.write_text(text, encoding="utf-8")
+        lesson.write_text(cells, encoding="utf-8")
     if status == 0:
         return "NOT FOUND", files
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", said, re.M)
-    again, said = tests(folder, *(failed[:1] or [f"tests/{file}" for file in files.split()]))
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", said, re.M)[:1]
+    again, said = tests(folder, *(failed or names))
     if again != 0:
         print(said, file=sys.stderr)
-        return "FAILS ANYWAY", (failed or [files])[0]
+        return "FAILS ANYWAY", " ".join(failed or names)
     return "found", failed[0].removeprefix("tests/") if failed else "a test that does not end, or an import"
 
 
