@@ -116,6 +116,7 @@ def pytest_collect_file(file_path, parent):
     return None
 
 
+@pytest.hookimpl(optionalhook=True)  # unknown where pytest-xdist is not loaded
 def pytest_xdist_make_scheduler(config, log):
     """A file at a time, as `--dist loadfile`; run notebooks that need one another are one file."""
     if config.getvalue("dist") != "loadfile":
