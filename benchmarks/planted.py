@@ -58,19 +58,19 @@ FAULTS = [
         "runs/contract.py",
         "    if t is int and value != int(value):",
         "    if t is int and value == int(value) + 1:",
-        "test_contract.py::test_values_and_types",
+        "test_contract.py::test_values_and_types test_contract.py::test_a_bound_is_within_where_its_name_says_so",
     ),
     (
         "runs/contract.py",
         "return bool(value <= x)",
         "return bool(value < x)",
-        "test_contract.py::test_values_and_types",
+        "test_contract.py::test_values_and_types test_contract.py::test_a_bound_is_within_where_its_name_says_so",
     ),
     (
         "runs/secrets.py",
         "            if len(form) >= 16 and form[:8] in text:",
         "            if len(form) >= 64 and form[:8] in text:",
-        "test_secrets.py::test_a_value_in_two_pieces_is_found_in_the_notebook test_secrets.py::test_raw_notebooks_keep_their_shape",
+        "test_planted.py",
     ),
     (
         "runs/record.py",
@@ -88,13 +88,13 @@ FAULTS = [
         "runs/receipt.py",
         "    return len(here) == len(there) and same",
         "    return same",
-        "test_receipt.py::test_files_without_a_receipt",
+        "test_planted.py",
     ),
     (
         "runs/compare.py",
         "    if _is_number(a) and _is_number(b):",
         "    if _is_number(a) or _is_number(b):",
-        "test_compare.py::test_the_module_imports_little",
+        "test_planted.py",
     ),
     (
         "runs/results.py",

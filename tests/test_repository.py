@@ -98,7 +98,8 @@ def of_each(paths):
                     test(path)
                 except AssertionError as e:
                     found.append(f"{book(path)}: {e}")
-            assert not found, "\n".join(found)
+            if found:
+                raise AssertionError("\n".join(found))
 
         all_of_them.__name__, all_of_them.__doc__ = test.__name__, test.__doc__
         return all_of_them
