@@ -23,7 +23,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 QUIET_THREADS := GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-10000}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train serve test cover lint format notebooks fresh lab docs bench clean
+.PHONY: help setup train serve test quick cover lint format notebooks fresh lab docs bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,10 @@ EVERYTHING := -n logical --maxprocesses 4 --dist loadfile
 test: $(DEV) ## run every notebook and every test; ARGS="nbs/core/00_core.ipynb" for one
 	@"$(BIN)/python" .ci/exported.py
 	"$(BIN)/pytest" $(or $(ARGS),$(EVERYTHING))
+
+quick: $(DEV) ## test what changed since main and what imports it; ARGS=--list says what and why, ARGS="--since REV" since when
+	@"$(BIN)/python" .ci/exported.py
+	@"$(BIN)/python" .ci/quick.py $(ARGS)
 
 cover: $(DEV) ## the same, with coverage: nine tenths of the package at least
 	"$(BIN)/pytest" --cov --cov-report=term-missing:skip-covered $(or $(ARGS),$(EVERYTHING))
@@ -84,7 +88,7 @@ docs: $(DEV) ## build the site into _docs/: with Quarto where there is one, else
 	"$(BIN)/python" .ci/docs.py
 
 bench: $(BASE) ## time it: ratios against the plain way, never a test; ARGS go to each benchmark
-	@for b in benchmarks/*.py; do echo "== $$b"; $(QUIET_THREADS) "$(BIN)/python" "$$b" $(ARGS) || exit 1; done
+	@for b in $(filter-out benchmarks/planted.py,$(wildcard benchmarks/*.py)); do echo "== $$b"; $(QUIET_THREADS) "$(BIN)/python" "$$b" $(ARGS) || exit 1; done
 
 clean: ## remove what was built; CLEAN_ALL=1 also data/, runs/, out/ and the environment
 	rm -rf _proc _docs build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache project.egg-info

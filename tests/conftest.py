@@ -88,3 +88,9 @@ def without_locks(tmp_path, monkeypatch):
     )
     (tmp_path / "site" / "sitecustomize.py").write_text(f"{script}fcntl.flock = flock\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+
+
+@pytest.fixture
+def no_buckets(monkeypatch):
+    """Papermill that a test starts has no libraries for buckets: a third of what it takes to start."""
+    monkeypatch.setenv("PROJECT_TEST_WITHOUT", "gcsfs pyarrow")

@@ -7,6 +7,7 @@ through papermill on the committed sample.
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,24 @@ NEEDS = {
     "loadtest.ipynb": "train.ipynb",
     "promote.ipynb": "train.ipynb",
 }  # a notebook that works on what another one leaves
+JUDGE = ("train.ipynb", "evaluate.ipynb")  # run notebooks that say what a network has learned
+# what takes longest, so that no worker has it left when the others are done
+LONGEST = [
+    "nbs/train.ipynb",
+    "tests/test_engine.py",
+    "tests/test_kills.py",
+    "tests/test_recipes.py",
+    "tests/test_tracking.py",
+    "tests/test_terminal.py",
+    "tests/test_docs.py",
+    "tests/test_receipt.py",
+    "tests/test_store.py",
+    "nbs/tutorial.ipynb",
+    "tests/test_compare.py",
+    "tests/test_resume_fit.py",
+    "tests/test_load.py",
+    "tests/test_first_steps.py",
+]
 
 
 def isolated_environment(folder):
@@ -51,6 +70,7 @@ def isolated_environment(folder):
     }
     paths = {name: str(folder / sub) for name, sub in folders.items()}
     fixed = {
+        "PYTHONPATH": str(ROOT / "tests" / "site"),
         "PROJECT_SOURCE": str(ROOT / "tests" / "samples"),
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
@@ -69,10 +89,13 @@ def pytest_configure(config):
         os.environ.pop(name, None)
     os.environ.update(isolated_environment(config.scratch))
     config.executed = {}  # run notebooks already run in this session: some need what another leaves
+    config.forks = {}  # by the modules that they have imported: processes that fork one for each notebook
 
 
 def pytest_unconfigure(config):
-    """Leave the environment as it was, and no scratch folder."""
+    """Leave the environment as it was, no scratch folder, and no process."""
+    for fork in getattr(config, "forks", {}).values():
+        fork.close()
     if hasattr(config, "scratch"):
         os.environ.clear()
         os.environ.update(config.environment_before)
@@ -84,6 +107,28 @@ def pytest_collect_file(file_path, parent):
     if file_path.suffix == ".ipynb" and file_path.parent in (ROOT / "nbs", *FLOORS):
         return NotebookFile.from_parent(parent, path=file_path)
     return None
+
+
+@pytest.hookimpl(optionalhook=True)  # unknown where pytest-xdist is not loaded
+def pytest_xdist_make_scheduler(config, log):
+    """A file at a time, as `--dist loadfile`; run notebooks that need one another are one file."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadGroups(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            folder, _, name = (file := super()._split_scope(nodeid)).rpartition("/")
+            return f"{folder}/{NEEDS[name]}" if name in NEEDS and folder == "nbs" else file
+
+    config.option.loadscopereorder = False  # by the number of tests, which says nothing of their length
+    return LoadGroups(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, and of run notebooks that need one another the first; else as it was."""
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 
 
 def parameters_cell(path):
@@ -108,13 +153,13 @@ class NotebookFile(pytest.File):
         """Yield the notebook as a run or as a lesson."""
         kind = LessonItem if parameters_cell(self.path) is None else RunItem
         item = kind.from_parent(self, name="run")
-        if kind is RunItem or TRAINS.search(self.path.read_text(encoding="utf-8")):
+        if self.path.name in JUDGE if kind is RunItem else TRAINS.search(self.path.read_text(encoding="utf-8")):
             item.add_marker("trained")
         yield item
 
 
 class NotebookItem(pytest.Item):
-    """Runs a command in a process group of its own and ends the whole group when time is up."""
+    """A notebook; runs a command in a process group of its own and ends the whole group when time is up."""
 
     def reportinfo(self):
         """Where the test is, in pytest's words."""
@@ -154,17 +199,66 @@ def end_group(process):
     process.wait()
 
 
+class Forks:
+    """A process that has imported what notebooks of a kind import, and forks one for each notebook."""
+
+    def __init__(self, modules, filters, log):
+        self.log = log
+        command = [sys.executable, RUNNER, "--serve", modules, filters, str(SECONDS)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(command, stderr=errors, bufsize=1, **pipes)
+
+    def run(self, path):
+        """The exit status of a notebook, None when it takes too long, and what it printed."""
+        log = self.log.with_name(f"{path.stem}-{time.monotonic_ns()}.log")
+        log.touch()
+        try:
+            self.process.stdin.write(json.dumps([str(path), str(log)]) + "\n")
+            pid = int(self.process.stdout.readline())
+        except (OSError, ValueError):  # it has not even imported them
+            return self.process.wait(), self.log.read_text(encoding="utf-8", errors="replace")
+        status = ended = None
+        try:
+            ended = select.select([self.process.stdout], [], [], SECONDS)[0]
+        finally:  # also Ctrl-C: nothing of ours may outlive the test
+            if not ended:
+                os.killpg(pid, signal.SIGKILL)
+            status = int(self.process.stdout.readline())
+        return status if ended else None, log.read_text(encoding="utf-8", errors="replace")
+
+    def close(self):
+        """Let it end."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
 class LessonItem(NotebookItem):
     """A library notebook, or the front page: run as nbdev_test runs it, its exported cells measured as the module's."""
 
     def runtest(self):
         """Run it in its folder, with pytest's own list of warnings that are no errors."""
         filters = json.dumps(self.config.getini("filterwarnings"))
+        measured = any(name.startswith("COVERAGE_PROCESS") for name in os.environ)  # from the start of a process
+        if hasattr(os, "fork") and not measured:
+            return self.fork(filters)
         try:
-            runner = ROOT / "tests" / "run_notebook.py"
-            self.execute([sys.executable, runner, self.path, filters, str(SECONDS)], cwd=self.path.parent)
+            self.execute([sys.executable, RUNNER, self.path, filters, str(SECONDS)], cwd=self.path.parent)
         except subprocess.TimeoutExpired:
             raise NotebookError(f"{self.path.name} was ended after {SECONDS} s\n\n{self.output}") from None
+
+    def fork(self, filters):
+        """The same in a process that has the imports behind it."""
+        forks, modules = self.config.forks, HEAVY if TORCH.search(self.path.read_text(encoding="utf-8")) else LIGHT
+        if modules not in forks or forks[modules].process.poll() is not None:
+            forks[modules] = Forks(modules, filters, self.config.scratch / f"forks-{len(modules)}.log")
+        started = time.monotonic()
+        status, output = forks[modules].run(self.path)
+        if status is None:
+            raise NotebookError(f"{self.path.name} was ended after {SECONDS} s\n\n{output}")
+        if status:
+            raise NotebookError(f"{self.path.name} failed after {time.monotonic() - started:.0f} s\n\n{output}")
 
 
 class RunItem(NotebookItem):

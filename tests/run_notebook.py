@@ -3,6 +3,10 @@
 A cell that is exported is compiled under the name and lines of the module it went to. So its coverage counts as the
 module's, tracebacks show real files, and a module that is not what its notebook exports is found out. And warnings are
 errors.
+
+`run_notebook.py --serve MODULES FILTERS SECONDS` imports what many notebooks import, once, and forks a process for
+each notebook that it is asked for: torch and Lightning alone take longer than most lessons. Of this package it imports
+nothing.
 """
 
 import ast
@@ -92,6 +96,24 @@ def skipped(cell, flags):
     return cell.directives_.get("eval:", [""])[0].lower() == "false" or bool(flags & set(cell.directives_))
 
 
+def serve(modules, filters, seconds):
+    """For each line [notebook, log] of the input a process: its id is answered, and in the end its status."""
+    add_filters(filters)  # a warning of an import is an error here as well
+    for name in modules:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        path, log = json.loads(line)
+        if (pid := os.fork()) == 0:
+            os.setsid()
+            os.chdir(Path(path).parent)
+            for number, file, how in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_APPEND)):
+                os.dup2(os.open(file, how), number)
+            os.dup2(1, 2)
+            return main(path, filters, seconds)  # and this process ends as any other
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
 def main(path, filters, seconds):
     """Run the notebook; the first cell that fails is shown with its output, and ends the process with status 1."""
     faulthandler.dump_traceback_later(0.75 * seconds)  # says where it hangs, just before it is ended
@@ -132,4 +154,7 @@ def report(path, number, cell, error):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3]))
+    if sys.argv[1] == "--serve":
+        serve(sys.argv[2].split(), json.loads(sys.argv[3]), float(sys.argv[4]))
+    else:
+        main(sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3]))

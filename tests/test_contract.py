@@ -11,6 +11,7 @@ import sys
 import typing
 from pathlib import Path
 
+import annotated_types as at
 import nbformat
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from pytest_notebooks import ROOT
 
 from project.runs.contract import (
     ContractError,
+    _within,
     check,
     contract_table,
     find_problems,
@@ -395,3 +397,16 @@ def test_no_shipped_choice_is_anything_but_a_text_to_yaml_and_papermill():
     assert len(names) > 40 and {"fast", "fashion_mnist", "cnn-m", "auto"} <= names
     assert [name for name in names if yaml.safe_load(name) != name or _resolve_type(name) != name] == []
     assert yaml.safe_load("94") == _resolve_type("94") == 94  # as a recipe was called once
+
+
+@pytest.mark.parametrize(
+    ("bound", "fits"),
+    [
+        (at.Gt(2), [False, False, True]),
+        (at.Ge(2), [False, True, True]),
+        (at.Lt(2), [True, False, False]),
+        (at.Le(2), [True, True, False]),
+    ],
+)
+def test_a_bound_is_within_where_its_name_says_so(bound, fits):
+    assert [_within(value, bound) for value in (1, 2, 3)] == fits

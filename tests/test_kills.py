@@ -17,6 +17,8 @@ from project.locks import is_alive, process_mark
 from project.runs.receipt import verify
 from project.runs.record import list_runs
 
+pytestmark = pytest.mark.usefixtures("no_buckets")
+
 OPEN = """import os, sys, time
 from project.runs.record import start_run
 run = start_run("t", {"lr": 0.1}, "nbs/none.ipynb")

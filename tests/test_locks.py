@@ -99,3 +99,9 @@ def test_who_lives():
     assert is_alive(process_mark()) and is_alive({"host": process_mark()["host"]}) is False
     old = {k: v for k, v in process_mark().items() if k != "machine"}  # written by an earlier version
     assert is_alive(old) and is_alive(old | {"start": "0"}) is False
+
+
+def test_a_process_that_has_ended_does_not_live():
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as ended:
+        mark = process_mark(ended.pid)
+    assert is_alive(mark) is False and is_alive(mark | {"start": ""}) is False

@@ -13,6 +13,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from project.runs.receipt import KEY, STATES, hash_code, package_hashes, used_modules, verify
 
+pytestmark = pytest.mark.usefixtures("no_buckets")
+
 CELLS = [
     "lr: float = 0.1  # rate",
     "from project.runs.record import parameters, start_run\nasked = parameters(globals())",

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import json
 import os
 import re
@@ -28,10 +29,16 @@ EXPORT = re.compile(r"^#\|\s*exports?i?\b", re.M)
 LONG_ON_PURPOSE: dict[str, str] = {}  # cell id -> why an exported cell has more than 60 lines
 
 
+@functools.cache
+def all_cells(path):
+    """Every cell of a notebook, sources joined; nothing here changes one."""
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [{**c, "source": "".join(c["source"])} for c in found]
+
+
 def cells(path, kind=None):
     """The cells of a notebook, sources joined."""
-    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [{**c, "source": "".join(c["source"])} for c in found if kind in (None, c["cell_type"])]
+    return [c for c in all_cells(path) if kind in (None, c["cell_type"])]
 
 
 def exported(path):
@@ -80,9 +87,38 @@ def book(path):
     return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
 
 
-by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=book)
-by_library = pytest.mark.parametrize("path", LIBRARY, ids=book)
-by_run = pytest.mark.parametrize("path", RUNS, ids=book)
+def of_each(paths):
+    """Make a test of one notebook a test of all of them, which names every one that fails."""
+
+    def decorate(test):
+        def all_of_them():
+            found = []
+            for path in paths:
+                try:
+                    test(path)
+                except AssertionError as e:
+                    found.append(f"{book(path)}: {e}")
+            if found:
+                raise AssertionError("\n".join(found))
+
+        all_of_them.__name__, all_of_them.__doc__ = test.__name__, test.__doc__
+        return all_of_them
+
+    return decorate
+
+
+by_notebook, by_library, by_run = of_each(NOTEBOOKS), of_each(LIBRARY), of_each(RUNS)
+
+
+def test_every_notebook_that_fails_is_named():
+    @of_each(LIBRARY[:3])
+    def some(path):
+        assert path == LIBRARY[1], "not this one"
+
+    with pytest.raises(AssertionError) as caught:
+        some()
+    named = re.findall(r"^(\S+): not this one", str(caught.value), re.M)
+    assert named == [book(LIBRARY[0]), book(LIBRARY[2])]
 
 
 # What notebooks hold
@@ -310,42 +346,45 @@ FORBIDDEN = {"torch", "lightning", "pytorch_lightning", "transformers", "pandas"
 LIGHT = re.compile(r"project\.(core|runs\..+|serve\..+|monitor\..+|bundle\.(?!export).+|data\.(sources|tasks|store))$")
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if LIGHT.match(name)])
-def test_light_modules_import_nothing_heavy(module):
-    loaded = set(python(f"import sys, {module}; print(*sys.modules)").split())
-    assert not loaded & FORBIDDEN
+def test_light_modules_import_nothing_heavy():
+    """All of them in one process: what none of them loads, no single one does. If there is something, whose it is."""
+    light = [name for name in modules() if LIGHT.match(name)]
+    heavy = FORBIDDEN & set(python(f"import sys, {', '.join(light)}; print(*sys.modules)").split())
+    assert not heavy, {
+        name: found
+        for name in light
+        if (found := FORBIDDEN & set(python(f"import sys, {name}; print(*sys.modules)").split()))
+    }
 
 
-def test_importing_everything_has_no_side_effects(tmp_path):
-    here = (tmp_path / "here").resolve()
-    here.mkdir()
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """What a process that has imported every module says of itself, and the empty folder that it was in."""
+    here = tmp_path_factory.mktemp("here").resolve()
     code = f"""
-import importlib, logging, os
-before = dict(os.environ)
-for name in {modules()!r}:
-    importlib.import_module(name)
+import importlib, json, logging, os, types, typing
+before, wrong = dict(os.environ), []
+loaded = [importlib.import_module(name) for name in {modules()!r}]
 ours = [n for n in logging.root.manager.loggerDict if n.split(".")[0] == "project" and logging.getLogger(n).handlers]
 changed = [n for n in os.environ if n.startswith("PROJECT_") and before.get(n) != os.environ[n]]
-print(ours, changed, logging.root.handlers, os.getcwd() == {str(here)!r})
+for module in loaded:
+    for public in module.__all__:
+        if isinstance(getattr(module, public), (logging.Logger, typing.TypeVar, types.ModuleType)):
+            wrong.append(f"{{module.__name__}}.{{public}}")
+print(json.dumps([ours, changed, len(logging.root.handlers), os.getcwd(), wrong]))
 """
     folders = {f"PROJECT_{name}": str(here / name.lower()) for name in ("DATA", "RUNS", "CACHE")}
-    assert python(code, cwd=here, **folders).strip() == "[] [] [] True"
+    return *json.loads(python(code, cwd=here, **folders)), here
+
+
+def test_importing_everything_has_no_side_effects(everything):
+    ours, changed, handlers, cwd, _, here = everything
+    assert (ours, changed, handlers, cwd) == ([], [], 0, str(here))
     assert list(here.iterdir()) == [], "importing made files"
 
 
-def test_public_names():
-    code = f"""
-import importlib, json, logging, types, typing
-wrong = []
-for name in {modules()!r}:
-    module = importlib.import_module(name)
-    for public in module.__all__:
-        value = getattr(module, public)
-        if isinstance(value, (logging.Logger, typing.TypeVar, types.ModuleType)):
-            wrong.append(f"{{name}}.{{public}}")
-print(json.dumps(wrong))
-"""
-    assert json.loads(python(code)) == [], "a star import would bring these along; begin their names with _"
+def test_public_names(everything):
+    assert everything[4] == [], "a star import would bring these along; begin their names with _"
 
 
 # Versions and requirements

@@ -14,7 +14,6 @@ from project.data.store import build
 from project.train.fit import Recipe, _AtomicIO, fit, load_net
 from project.train.module import Classifier
 
-pytestmark = pytest.mark.trained
 KILLS = 10
 RECIPE = Recipe(
     model="cnn-xs", epochs=16, batch_size=50, flip="random", shift=1, cutout=4, small=20, small_share=0.4, tta=False
@@ -120,6 +119,7 @@ def fitted(folder, **more):
     )
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("step", [1, 2, 4, 5, 7, 8])
 def test_resumed_at_every_step(step, tmp_path):
     whole = fitted(tmp_path / "whole", checkpoint_every=0)
@@ -149,6 +149,7 @@ def test_a_finished_run_is_finished(tmp_path):
     assert rows == [] and again.history == whole.history and again.best_ckpt == whole.best_ckpt
 
 
+@pytest.mark.trained
 def test_early_stopping_stands_by_its_decision(tmp_path):
     options = {"early_stopping": 1, "limit_batches": 1}
     recipe = Recipe(model="cnn-xs", epochs=9, batch_size=50, lr=1e-9, tta=False)
@@ -199,6 +200,7 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "last.ckpt", "mine.txt"]
 
 
+@pytest.mark.trained
 def test_chance_goes_on_where_it_stood(tmp_path, monkeypatch):
     step = Classifier.training_step
     monkeypatch.setattr(Classifier, "training_step", lambda *args: step(*args) * (1 + 0.1 * torch.rand(())))

@@ -13,6 +13,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+pytestmark = pytest.mark.usefixtures("no_buckets")
+
 BIN = Path(sys.executable).parent
 PYTHON = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 OPEN = (

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from pytest_notebooks import ROOT
+from pytest_notebooks import ROOT, Forks
 
 RUNNER = ROOT / "tests" / "run_notebook.py"
 SETTINGS = """[DEFAULT]
@@ -155,3 +155,43 @@ def test_make_serve_asks_the_gate_about_the_best_run_and_trains_only_where_there
     order = ["exported.py", "models show fashion_mnist", "models best fashion_mnist", "nbs/train.ipynb", "promote best"]
     places = [done.stdout.index(word) for word in [*order, '/project" serve']]
     assert places == sorted(places) and "models add" not in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork")
+def test_a_forked_notebook_fails_as_one_that_was_started(tmp_path):
+    """Its report, its status, a process group of its own, and warnings as errors; then the next one."""
+    (tmp_path / "settings.ini").write_text(SETTINGS, encoding="utf-8")
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "toy").mkdir()
+    cells = {
+        "good": ["import os\nassert os.getpgid(0) == os.getpid()\nprint('fine')"],
+        "bad": ["print('so far')\nassert 1 == 2, 'not two'"],
+        "warns": ["import warnings\nwarnings.warn('old', DeprecationWarning)"],
+        "killed": ["import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"],
+    }
+    for name, sources in cells.items():
+        code = [new_code_cell(source) for source in sources]
+        nbformat.write(new_notebook(cells=[new_markdown_cell("# A"), *code]), tmp_path / "nbs" / f"{name}.ipynb")
+    forks = Forks("numpy", json.dumps(["error"]), tmp_path / "forks.log")
+    try:
+        ends = {name: forks.run(tmp_path / "nbs" / f"{name}.ipynb") for name in [*cells, "good"]}
+    finally:
+        forks.close()
+    assert {name: status for name, (status, _) in ends.items()} == {"good": 0, "bad": 1, "warns": 1, "killed": -9}
+    assert all(said in ends["bad"][1] for said in ("bad.ipynb, cell 1", "so far", "AssertionError: not two"))
+    assert "DeprecationWarning: old" in ends["warns"][1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork")
+def test_a_forked_notebook_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text(SETTINGS, encoding="utf-8")
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "toy").mkdir()
+    cells = [new_markdown_cell("# A"), new_code_cell("import time\ntime.sleep(600)")]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "nbs" / "a.ipynb")
+    monkeypatch.setattr("pytest_notebooks.SECONDS", 1)
+    forks = Forks("numpy", json.dumps(["error"]), tmp_path / "forks.log")
+    try:
+        assert forks.run(tmp_path / "nbs" / "a.ipynb")[0] is None
+    finally:
+        forks.close()

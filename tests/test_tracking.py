@@ -8,9 +8,11 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
 from click.testing import CliRunner
 from wandb_server import WandbServer
@@ -243,11 +245,31 @@ run.finish()
 
 
 def sit(root, mode, hook, epoch):
-    """One sitting of the same training, killed at a place or not: how it ended, and what it printed."""
-    call = [sys.executable, "-c", SITTING, str(root), mode, hook, str(epoch)]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode, done.stdout
+    """One sitting of the same training, killed at a place or not: how it ended, and what it printed.
+
+    Its process is forked from this one, which has imported torch, Lightning and W&B already.
+    """
+    wandb.teardown()  # the service of this process is none of the other's
+    torch.set_num_threads(1)  # a fork has none of the threads that worked before it
+    log = root / f"sitting-{time.monotonic_ns()}.log"
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:  # nothing of pytest's may run in here
+            file = os.open(log, os.O_WRONLY | os.O_CREAT)
+            os.dup2(file, 1), os.dup2(file, 2)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            signal.alarm(200)
+            sys.argv[1:] = [str(root), mode, hook, str(epoch)]
+            exec(compile(SITTING, "sitting", "exec"), {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    said = log.read_text(encoding="utf-8")
+    assert status in (0, -signal.SIGKILL), said
+    return status, said
 
 
 def is_whole(server, record):
