@@ -24,6 +24,13 @@ FLOORS = [ROOT / "nbs" / name for name in tomllib.loads((ROOT / ".ci" / "floors.
 SECONDS = 600  # for one notebook; far above what any takes, so that only a hang meets it
 OWN_GROUP = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}  # a new process group
 SMOKE = {"limit_batches": "5", "folds": "2"}  # parameters that make a run small, given to notebooks that have them
+RUNNER = ROOT / "tests" / "run_notebook.py"
+LIGHT = "numpy"  # what library notebooks import, from elsewhere
+HEAVY = "numpy matplotlib.pyplot PIL.Image torch pytorch_lightning"  # none that starts a thread: onnxruntime does
+# with one of these it imports torch; `bundle.export` and the loader do so too
+TORCH = re.compile(
+    r"\"(?:from|import) (?:torch|pytorch_lightning|project\.(?:models|train\.(?:module|prepare|fit|tracking)))\b"
+)
 TRAINS = re.compile(r"\bfit\(|optimizer\.step\(")  # in a notebook that trains a network
 NEEDS = {
     "evaluate.ipynb": "train.ipynb",
