@@ -6,9 +6,9 @@
 __all__ = ['Check', 'Names', 'app', 'data', 'data_build', 'data_show', 'run_notebook', 'runs', 'results', 'show', 'compare_runs',
            'reproduce_run', 'params', 'verify_files', 'scan', 'fresh', 'models', 'models_list', 'models_add',
            'models_best', 'models_show', 'models_verify', 'models_alias', 'models_rollback', 'models_retire',
-           'models_compress', 'models_lineage', 'models_gc', 'models_mirror', 'promote_model', 'serve_models',
-           'predict', 'predictions', 'list_predictions', 'export_predictions', 'purge_predictions', 'doctor',
-           'completion']
+           'models_compress', 'models_reference', 'models_lineage', 'models_gc', 'models_mirror', 'promote_model',
+           'serve_models', 'predict', 'predictions', 'list_predictions', 'export_predictions', 'purge_predictions',
+           'drift_of', 'doctor', 'completion']
 
 # %% ../nbs/cli/10_cli.ipynb #8e0d05bc
 import contextlib
@@ -934,6 +934,26 @@ def models_compress(bundle: str, out: str | None, anyway: bool) -> None:
     click.echo(f"validation accuracy {accuracy['before']:.4f} before, {accuracy['after']:.4f} after")
     click.echo(f"{faster} times as fast here, by one row and by sixteen, on one thread")
 
+# %% ../nbs/cli/10_cli.ipynb #c118d001
+@models.command("reference")
+@click.argument("bundle", default="last")
+def models_reference(bundle: str) -> None:
+    """Give BUNDLE a reference: a folder, a run, or a task (its last run).
+
+    `project drift` compares with it. It is made of validation rows, as the model sees them, and of what is left of its
+    accuracy when they are spoilt in named ways; the task's data must be here. A version in the registry stays as it is:
+    `project models add BUNDLE` makes a new one.
+    """
+    from project.bundle.manifest import open_bundle
+    from project.bundle.reference import FILE, make_reference, open_reference
+    from project.data.store import open_data
+
+    old = open_bundle(_bundle_path(bundle))
+    new = make_reference(old, open_data(old.task))
+    found, size = open_reference(new), new.manifest["files"][FILE]["bytes"]
+    click.echo(f"{show_path(new.path / FILE)}: {len(found):,} rows, {human_bytes(size)}; accuracy {found.accuracy:.1%}")
+    _table([{"inputs are": n, "accuracy": f"{a:.1%}"} for n, a in dict((p.name, p.accuracy) for p in found.prints).items()])
+
 # %% ../nbs/cli/10_cli.ipynb #3c6dfd40
 @models.command("lineage")
 @click.argument("task")
@@ -1253,6 +1273,52 @@ def purge_predictions(days: float, log: str | None, yes: bool) -> None:
     if n and not yes:
         click.confirm(f"Delete {n} of {table.count()} predictions, those older than {days:g} days?", abort=True)
     click.echo(f"{table.purge(days)} predictions deleted")
+
+# %% ../nbs/cli/10_cli.ipynb #c118d003
+def _served_bundle(task: str, folder: str | None) -> Any:
+    "The bundle that a task's predictions are held against: a folder, or the registry's production version."
+    from project.bundle.manifest import open_bundle
+    from project.bundle.registry import Registry
+
+    bundle = open_bundle(_bundle_path(folder)) if folder else Registry().get(task)
+    if bundle.task != task:
+        raise ValueError(f"expected a bundle of {task}, found one of {bundle.task}")
+    return bundle
+
+
+@app.command("drift")
+@click.argument("task")
+@click.option("--rows", default=1000, show_default=True, type=click.IntRange(1, 1_000_000), help="The latest so many.")
+@click.option("--since", default=None, metavar="TIME", help="Only from it on: a date, a time, or 24h, 7d ago.")
+@click.option("--until", default=None, metavar="TIME", help="Only before it: a date, a time, or 24h, 7d ago.")
+@click.option("--log", default=None, metavar="URL", help="File or URL of the log, or its export.  [PROJECT_SERVE_LOG]")
+@click.option("--bundle", default=None, help="A bundle's folder or a run; the production version unless given.")
+@click.option("--html", "page", type=_NewFile(".html"), help="Write a page here.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def drift_of(
+    task: str,
+    rows: int,
+    since: str | None,
+    until: str | None,
+    log: str | None,
+    bundle: str | None,
+    page: Path | None,
+    as_json: bool,
+) -> None:
+    """Say whether TASK's inputs have changed, whether it matters, and what to do.
+
+    The latest predictions are held against the validation rows that the bundle remembers. The exit status is 0 where
+    nothing changed or it does no harm, 3 where it does harm, 4 where the inputs are broken, 5 where there are too few
+    rows, 6 where nobody can tell; 1 after an error.
+    """
+    from project.core import write_text
+    from project.monitor.drift import drift, to_html
+
+    report = drift(_served_bundle(task, bundle), log, rows, since, until)
+    if page:
+        write_text(page, to_html(report))
+    click.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
+    raise SystemExit(report.status)
 
 # %% ../nbs/cli/10_cli.ipynb #eba94932
 Check = tuple[str, str, str]  # ok | note | fix, what was looked at, what was found (and what to do)
@@ -1587,6 +1653,7 @@ _EXAMPLES |= {
     "models best": ["project models best fashion_mnist"],
     "models retire": ["project models retire fake_titles"],
     "models rollback": ["project models rollback fashion_mnist --reason 'slow on phones'"],
+    "models reference": ["project models reference last", "project models reference runs/8e81/bundle"],
     "models compress": ["project models compress last", "project models compress runs/8e81/bundle --out small"],
     "models lineage": [
         "project models lineage fashion_mnist",
@@ -1597,6 +1664,7 @@ _EXAMPLES |= {
     "promote": ["project promote", "project promote last --yes", "project promote -p slower 3"],
     "serve": ["project serve", "project serve --task fashion_mnist --port 8080 --workers 2"],
     "predict": ["project predict shirt.png", "project predict photos --task fashion_mnist --out answers.csv"],
+    "drift": ["project drift fashion_mnist --rows 500", "project drift fashion_mnist --since 24h --html drift.html"],
     "predictions list": ["project predictions list --since 24h", "project predictions list -n 5 --json"],
     "predictions export": ["project predictions export answers.parquet --since 7d"],
     "predictions purge": ["project predictions purge --days 30 --yes"],

@@ -347,7 +347,8 @@ class Match:
     share: float  # of the rows, or of its strength
     accuracy: float  # that was measured under it, at this share
     explained: float  # of the difference, from 0 to 1
-    score: float  # mean squared distance beside chance; about 1 where it fits
+    rows: int  # that the accuracy was measured on
+    score: float  # mean squared distance beside chance, and its logarithm; the lower the likelier
 
 # %% ../../nbs/bundle/70_reference.ipynb #b70e101e
 _SHARES = (1.0, 0.75, 0.5, 0.3, 0.2, 0.1)
@@ -362,8 +363,10 @@ def _fit(vector: np.ndarray, n: int, own: np.ndarray, print_: Fingerprint, share
     chance = each / n + share**2 * print_.spread**2 / print_.rows + _SLACK**2 * (1 + share * np.abs(print_.mean - start))
     score = float(np.mean((vector - expected) ** 2 / chance + np.log(chance / _SLACK**2)))
     weight = 1 / (width**2 / n + _SLACK**2)
-    whole = float((weight * (vector - start) ** 2).sum())
-    return score, 1 - float((weight * (vector - expected) ** 2).sum()) / whole if whole > 0 else 0.0
+    by_chance = float((weight * width**2 / n).sum())
+    whole = float((weight * (vector - start) ** 2).sum()) - by_chance
+    left = max(0.0, float((weight * (vector - expected) ** 2).sum()) - by_chance)
+    return score, max(0.0, 1 - left / whole) if whole > 0 else 0.0
 
 
 def name_window(
@@ -380,12 +383,12 @@ def name_window(
             score, explained = _fit(vector, n, own, print_, share)
             accuracy = before + share * (print_.accuracy - before)
             if print_.name not in best or score < best[print_.name].score:
-                best[print_.name] = Match(print_.name, share, accuracy, explained, score)
+                best[print_.name] = Match(print_.name, share, accuracy, explained, print_.rows, score)
     return sorted(best.values(), key=lambda m: m.score)
 
 # %% ../../nbs/bundle/70_reference.ipynb #b70e1021
 FILE = "reference.npz"
-_ROWS, _FITTED, _REPLAYED, _VARIANT = 5000, 800, 400, 160  # rows: kept, for directions, replayed in one way, in several
+_ROWS, _FITTED, _REPLAYED, _VARIANT = 5000, 600, 500, 160  # rows: kept, for directions, replayed in one way, in several
 _BUDGET = 380_000  # bytes of rows, before they are packed
 
 
@@ -407,17 +410,20 @@ def _replay(
     corruptions: Mapping[str, Sequence[_Spoil]],  # by name
     inputs: Any,  # rows as a list or an array
     labels: np.ndarray,  # of them
+    right: np.ndarray,  # which of them the model has right as they are
+    before: float,  # accuracy on all rows of the reference
     seed: int,  # of what is random in a corruption
 ) -> list[Fingerprint]:  # one a way; ways of one name have the same accuracy
-    "Spoil the rows in every way, and see what is left."
+    "Spoil the rows in every way, and see what is left: a fall on the same rows, taken from the accuracy on all."
     found = []
     for name, ways in corruptions.items():
         rng, n = np.random.default_rng(seed), _VARIANT if len(ways) > 1 else _REPLAYED
         replayed = [look(spoil(inputs[:n], rng)) for spoil in ways]
-        right = [float((rows.probabilities.argmax(1) == labels[:n]).mean()) for rows in replayed]
+        left = float(np.mean([(rows.probabilities.argmax(1) == labels[:n]).mean() for rows in replayed]))
+        accuracy = min(1.0, max(0.0, before + left - float(right[:n].mean())))
         for rows in replayed:
             signature = marks(rows)
-            found.append(Fingerprint(name, float(np.mean(right)), len(rows), signature.mean(0), signature.std(0)))
+            found.append(Fingerprint(name, accuracy, len(rows), signature.mean(0), signature.std(0)))
     return found
 
 # %% ../../nbs/bundle/70_reference.ipynb #b70e1023
@@ -465,7 +471,8 @@ def _arrays(
         ways = image_corruptions(spec["shape"][1], spec["channels"])
     else:
         ways = text_corruptions(spec.get("fields") or ["text"])
-    prints = _replay(look, marks, ways, inputs, labels, seed)
+    right = rows.probabilities.argmax(1) == labels
+    prints = _replay(look, marks, ways, inputs, labels, right, float(right.mean()), seed)
     meta = {
         "format": 1,
         "task": bundle.task,
@@ -576,17 +583,22 @@ class Reference:
         return _project(embedding, self.center, self.directions)
 
 # %% ../../nbs/bundle/70_reference.ipynb #b70e1029
+def _on_sphere(reference: Reference, projected: np.ndarray) -> np.ndarray:
+    "Embeddings of length 1, seen from where the network has its zero."
+    z = np.nan_to_num(projected.astype(np.float32), nan=6e4, posinf=6e4, neginf=-6e4)
+    z[:, :-1] += reference.center @ reference.directions
+    length = np.linalg.norm(z, axis=1, keepdims=True)
+    return z / np.where(length > 0, length, 1)
+
+
 def distances(
     reference: Reference,
     projected: np.ndarray,  # (N, D), from `Reference.project`
 ) -> np.ndarray:  # (N,)
-    "How far embeddings are from the reference: from the fifth nearest of its anchors, directions of like spread."
-    anchors = reference.projected[: min(_ANCHORS, len(reference) // 2)].astype(np.float32)
-    spread = anchors.std(0)
-    spread = np.where(spread > 1e-6, spread, 1)
-    a, found = anchors / spread, []
+    "How far embeddings are from the reference: from the fifth nearest of its anchors, by direction and not by length."
+    a, found = _on_sphere(reference, reference.projected[: min(_ANCHORS, len(reference) // 2)]), []
     for i in range(0, len(projected), 1000):
-        x = np.nan_to_num(projected[i : i + 1000].astype(np.float32), nan=1e4, posinf=1e4, neginf=-1e4) / spread
+        x = _on_sphere(reference, projected[i : i + 1000])
         apart = (x * x).sum(1, keepdims=True) + (a * a).sum(1) - 2 * x @ a.T
         near = min(_NEAR, len(a)) - 1
         found.append(np.partition(apart, near, axis=1)[:, near])

@@ -255,9 +255,11 @@ class Accuracy:
 
     @property
     def middle(self) -> float:
-        "The median of the estimates; of the labels, where there are enough."
+        "What the labels say, where there are enough; the fingerprint, where there is one; or the median of the estimates."
         if self.labelled >= LEAST:
             return self.right / self.labelled
+        if "fingerprint" in self.estimates:
+            return self.estimates["fingerprint"]
         return statistics.median(self.estimates.values()) if self.estimates else math.nan
 
 
@@ -282,9 +284,10 @@ def estimate_accuracy(
     found = {name: min(1.0, max(0.0, float(value) + before - start)) for name, value in found.items()}
     if like:
         found["fingerprint"] = min(1.0, max(0.0, before + like.accuracy - start))
-    low, high = min(found.values()), max(found.values())
-    chance = [math.sqrt(max(0.0, a * (1 - a)) / max(1, n)) for a in (low, high)]
-    return Accuracy(before, max(0.0, low - chance[0]), min(1.0, high + chance[1]), found)
+    room = {name: 1 / n + 1 / (like.rows if like and name == "fingerprint" else len(reference)) for name in found}
+    chance = {name: 1.64 * math.sqrt(a * (1 - a) * room[name]) for name, a in found.items()}
+    low, high = (min(a - chance[name] for name, a in found.items()), max(a + chance[name] for name, a in found.items()))
+    return Accuracy(before, max(0.0, low), min(1.0, high), found)
 
 # %% ../../nbs/monitor/20_drift.ipynb #d21f701a
 def with_feedback(

@@ -38,8 +38,7 @@ def _keys(x: np.ndarray) -> np.ndarray:
     top = size.max(initial=0.0)
     if not (top < 2 and math.isfinite(top)):
         scale = 2.0 ** -math.frexp(top)[1] if math.isfinite(top) and top < 2.0**1000 else 0.0
-        least = size.min(where=size > 0, initial=np.inf) * scale
-        if not (scale and least > 2.0**-1000):
+        if not (scale and size.min(where=size > 0, initial=np.inf) * scale > 2.0**-1000):
             return np.unique(x, return_inverse=True)[1].astype(np.uint64)
         x = x * scale
     bits = (x + 0.0).view(np.int64)  # -0.0 becomes 0.0
@@ -203,8 +202,11 @@ def chi2_counts(
     if not (n and m):
         return Test(name, "chi2", 0.0, 1.0, n, m, f"no rows in the {'reference' if n else 'window'}")
     table = _merged(np.stack([a, b])[:, a + b > 0])
-    if table.shape[1] < 2:
-        return Test(name, "chi2", 0.0, 1.0, n, m, "; ".join(filter(None, [note, "fewer than two frequent classes"])))
+    if table.shape[1] < 2:  # one class and a few others: Fisher's exact test of it against them
+        first = int((a + b).argmax())
+        others = [[a[first], n - a[first]], [b[first], m - b[first]]]
+        note = "; ".join(filter(None, [note, "fewer than two frequent classes"]))
+        return Test(name, "chi2", 0.0, float(stats.fisher_exact(others).pvalue), n, m, note)
     expected = table.sum(1, keepdims=True) * table.sum(0) / (n + m)
     statistic = float(((table - expected) ** 2 / expected).sum())
     return Test(name, "chi2", statistic, float(stats.chi2.sf(statistic, table.shape[1] - 1)), n, m, note)
@@ -280,6 +282,8 @@ def mmd(
     m = len(rows) - n
     if min(n, m) < 2:
         return Test(name, "mmd", 0.0, 1.0, n, m, "expected two rows or more in both samples")
+    if not np.ptp(rows, axis=0).any():
+        return Test(name, "mmd", 0.0, 1.0, n, m, "all rows are equal")
     mapped = _cosines(rows, rng, features)
     total = mapped.sum(0)
     sums = np.empty((permutations + 1, features), np.float32)
