@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -86,7 +85,9 @@ class Pools:
         if name == "10 % inverted":
             few = n // 10
             a, b = self.window("inverted", few, rng), self.window("none", n - few, rng)
-            rows = [np.concatenate([getattr(a[0], f), getattr(b[0], f)]) for f in ("features", "probabilities", "embedding")]
+            rows = [
+                np.concatenate([getattr(a[0], f), getattr(b[0], f)]) for f in ("features", "probabilities", "embedding")
+            ]
             return known.Rows(*rows), np.concatenate([a[1], b[1]])
         weight = {"one class twice as often": {6: 2.0}, "two classes halved": {2: 0.5, 4: 0.5}}.get(name, {})
         w = np.array([weight.get(int(label), 1.0) for label in self.labels])
@@ -101,28 +102,27 @@ def alarm(rows, reference, classes):
     return {f.name: f.adjusted <= LEVEL for f in tested} | {"any": any(f.adjusted <= LEVEL for f in tested)}
 
 
-def false_alarms(bundle, reference, pools, windows):
+def false_alarms(bundle, reference, pools, windows, n):
     """The share of windows without a shift that are called changed."""
     found, total = [], len(pools.labels)
-    right = pools.plain.probabilities.argmax(1) == pools.labels
-    for n in (50, 100, 500, 5000):
-        for beside in ("rows of the same kind", "the bundle's reference"):
-            counts, rng = Counter(), np.random.default_rng(n)
-            for _ in range(windows):
-                order, own = rng.permutation(total), reference
-                if beside == "rows of the same kind":
-                    part, half = order[: total // 2], pools.plain.take(order[: total // 2])
-                    own = replace(
-                        reference,
-                        features=half.features.astype(np.float32),
-                        probabilities=half.probabilities.astype(np.float16),
-                        projected=reference.project(half.embedding),
-                        labels=pools.labels[part].astype(np.int16),
-                    )
-                counts.update(k for k, v in alarm(pools.plain.take(order[-n:]), own, bundle.classes).items() if v)
-            found.append({"n": n, "beside": beside, "windows": windows} | {k: counts[k] / windows for k in ("any", "inputs", "predictions", "confidence", "embedding", "together")})
-            print(f"| false alarms, n = {n}, beside {beside} | {counts['any'] / windows:.1%} | at most 5 % |", flush=True)
-    return found, float(right.mean())
+    families = ("any", "inputs", "predictions", "confidence", "embedding", "together")
+    for beside in ("rows of the same kind", "the bundle's reference"):
+        counts, rng = Counter(), np.random.default_rng(n)
+        for _ in range(windows):
+            order, own = rng.permutation(total), reference
+            if beside == "rows of the same kind":
+                part, half = order[: total // 2], pools.plain.take(order[: total // 2])
+                own = replace(
+                    reference,
+                    features=half.features.astype(np.float32),
+                    probabilities=half.probabilities.astype(np.float16),
+                    projected=reference.project(half.embedding),
+                    labels=pools.labels[part].astype(np.int16),
+                )
+            counts.update(k for k, v in alarm(pools.plain.take(order[-n:]), own, bundle.classes).items() if v)
+        found.append({"n": n, "beside": beside, "windows": windows} | {k: counts[k] / windows for k in families})
+        print(f"| false alarms, n = {n}, beside {beside} | {counts['any'] / windows:.1%} | at most 5 % |", flush=True)
+    return found
 
 
 SIZES = {"brightness x .99": (500, 2000), "brightness x .9": (100, 200, 500), "none": (100, 500)}
@@ -153,13 +153,22 @@ def grid(bundle, reference, pools, before, windows):
                 ranges.append((report.accuracy.low, report.accuracy.high))
                 fits.append(report.accuracy.low <= truth <= report.accuracy.high)
             low, high = np.mean(ranges, 0)
-            row = {"shift": name, "n": n, "windows": windows, "accuracy": float(np.mean(truths)), "changed": changed / windows}
+            row = {
+                "shift": name,
+                "n": n,
+                "windows": windows,
+                "accuracy": float(np.mean(truths)),
+                "changed": changed / windows,
+            }
             row |= {"verdicts": {k: v / windows for k, v in verdicts.items()}, "range": [float(low), float(high)]}
             row |= {"range holds": float(np.mean(fits)), "expected": expected}
             row |= {"named right": told[expected] / windows if expected else None, "names": dict(told.most_common(3))}
             found.append(row)
             right = f", named right {row['named right']:.0%}" if expected else ""
-            print(f"| {name}, n = {n}: accuracy {row['accuracy']:.1%}, said {low:.1%} to {high:.1%} | changed {row['changed']:.0%}{right}; range holds {row['range holds']:.0%} | {dict(verdicts)} |", flush=True)
+            print(
+                f"| {name}, n = {n}: accuracy {row['accuracy']:.1%}, said {low:.1%} to {high:.1%} | changed {row['changed']:.0%}{right}; range holds {row['range holds']:.0%} | {dict(verdicts)} |",
+                flush=True,
+            )
     return found
 
 
@@ -199,8 +208,21 @@ def speed(quick):
             apart = max(apart, *(abs(a.statistic - b.statistic) for a, b in pairs))
         fast, slow = min(wall["ours"]), min(wall["scipy"])
         work = min(used["scipy"]) / min(used["ours"])
-        found.append({"kind": kind, "rows": n, "seconds": fast, "scipy": slow, "ratio": slow / fast, "ratio of processor": work, "apart": apart})
-        print(f"| KS of {n:,} against {n:,} rows x 20, {kind} | {fast:.2f} s, scipy {slow:.2f} s: {slow / fast:.1f} times ({work:.1f} of processor), apart {apart:.0e} | 20 times, 1e-12 |", flush=True)
+        found.append(
+            {
+                "kind": kind,
+                "rows": n,
+                "seconds": fast,
+                "scipy": slow,
+                "ratio": slow / fast,
+                "ratio of processor": work,
+                "apart": apart,
+            }
+        )
+        print(
+            f"| KS of {n:,} against {n:,} rows x 20, {kind} | {fast:.2f} s, scipy {slow:.2f} s: {slow / fast:.1f} times ({work:.1f} of processor), apart {apart:.0e} | 20 times, 1e-12 |",
+            flush=True,
+        )
     return found
 
 
@@ -216,8 +238,32 @@ def whole(path):
     report = drift.report_on(window, reference, bundle.classes, bundle.task)
     page = drift.to_html(report)
     found = {"seconds": time.perf_counter() - began, "processor": time.process_time() - used, "rows": report.rows}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text(encoding="ascii")  # getrusage would know the parent's peak, too
+    peak = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
     print(json.dumps(found | {"MB": peak, "page": len(page.encode()), "verdict": report.verdict}))
+
+
+def making(bundle, data):
+    """What a reference costs."""
+    began = time.perf_counter(), time.process_time()
+    bundle = known.make_reference(bundle, data)
+    cost = {"seconds": time.perf_counter() - began[0], "processor": time.process_time() - began[1]}
+    cost["bytes"] = bundle.manifest["files"][known.FILE]["bytes"]
+    print(
+        "| reference: {seconds:.1f} s, {processor:.1f} s of processor | {bytes:,} bytes | 20 s, 400 kB |".format(**cost)
+    )
+    return cost
+
+
+def report_cost(bundle, pools, folder):
+    """What a report on ten thousand rows costs."""
+    rows, command = pools.plain, [sys.executable, __file__, str(bundle.path), "--whole"]
+    np.savez(folder / "window.npz", features=rows.features, probabilities=rows.probabilities, embedding=rows.embedding)
+    done = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    cost = min(done, key=lambda d: d["seconds"])
+    line = "{seconds:.2f} s ({processor:.2f} s of processor), {MB:.0f} MB, page of {page:,} bytes".format(**cost)
+    print(f"| 10,000 rows against the reference, page included | {line} | 2 s, 300 MB, 200 kB |", flush=True)
+    return cost
 
 
 def main():
@@ -225,6 +271,13 @@ def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("bundle", nargs="?", help="a folder; none: the newest run")
     options.add_argument("--quick", action="store_true", help="few windows")
+    options.add_argument(
+        "--only", action="append", choices=["ks", "reference", "whole", "grid", "alarms"], help="a part; repeatable"
+    )
+    options.add_argument("--windows", type=int, default=200, help="without a shift; an eighth of them of each shift")
+    options.add_argument(
+        "--sizes", type=int, nargs="+", default=[50, 100, 500, 5000], help="of windows without a shift"
+    )
     options.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
     options.add_argument("--json", default=str(ROOT / "benchmarks/results/drift.json"), help="where to write")
     asked = options.parse_args()
@@ -233,29 +286,46 @@ def main():
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
     print(f"{_cpu_name()}; {load:.1f} other processes were busy in the last minute\n")
     print("| what | found | goal or verdicts |\n|---|---|---|", flush=True)
-    result = {"busy": load, "cpu": _cpu_name(), "ks": speed(asked.quick)}
+    kept = Path(asked.json)
+    result = json.loads(kept.read_text()) if kept.is_file() and asked.only else {}
+
+    def keep(**part):
+        result.update(part, cpu=_cpu_name())
+        result.setdefault("busy", {}).update(dict.fromkeys(part, load))
+        if not asked.quick:
+            kept.write_text(json.dumps(result, indent=1) + "\n")
+
+    asks = lambda part: not asked.only or part in asked.only  # noqa: E731
+    if asks("ks"):
+        keep(ks=speed(asked.quick))
     with tempfile.TemporaryDirectory() as folder:
         copytree(asked.bundle or latest_bundle("fashion_mnist"), Path(folder) / "bundle")
         bundle = open_bundle(Path(folder) / "bundle")
         data = open_data(bundle.task)
-        began = time.perf_counter(), time.process_time()
-        bundle = known.make_reference(bundle, data)
-        result["reference"] = {"seconds": time.perf_counter() - began[0], "processor": time.process_time() - began[1]}
-        result["reference"]["bytes"] = bundle.manifest["files"][known.FILE]["bytes"]
-        print("| reference: {seconds:.1f} s, {processor:.1f} s of processor | {bytes:,} bytes | 20 s, 400 kB |".format(**result["reference"]))
+        if asks("reference") or known.FILE not in bundle.manifest["files"]:
+            keep(reference=making(bundle, data))
+            bundle = open_bundle(bundle.path)
         reference, pools = known.open_reference(bundle), Pools(bundle, data, asked.quick)
-        rows = pools.plain
-        np.savez(Path(folder) / "window.npz", features=rows.features, probabilities=rows.probabilities, embedding=rows.embedding)
-        command = [sys.executable, __file__, str(bundle.path), "--whole"]
-        done = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(1 if asked.quick else 3)]
-        result["whole"] = min(done, key=lambda d: d["seconds"])
-        print("| 10,000 rows against the reference, page included | {seconds:.2f} s ({processor:.2f} s of processor), {MB:.0f} MB, page of {page:,} bytes | 2 s, 300 MB, 200 kB |".format(**result["whole"]), flush=True)
-        windows = 10 if asked.quick else 200
-        result["false alarms"], accuracy = false_alarms(bundle, reference, pools, windows)
-        result["accuracy"] = {"test": accuracy, "validation": reference.accuracy}
-        result["grid"] = grid(bundle, reference, pools, bundle.metrics.get("test/acc", accuracy), 4 if asked.quick else 25)
-    if not asked.quick:
-        Path(asked.json).write_text(json.dumps(result, indent=1) + "\n")
+        right = float((pools.plain.probabilities.argmax(1) == pools.labels).mean())
+        keep(accuracy={"test": right, "validation": reference.accuracy})
+        if asks("whole"):
+            keep(whole=report_cost(bundle, pools, Path(folder)))
+        if asks("grid"):
+            keep(
+                grid=grid(
+                    bundle,
+                    reference,
+                    pools,
+                    bundle.metrics.get("test/acc", right),
+                    4 if asked.quick else asked.windows // 8,
+                )
+            )
+        if asks("alarms"):
+            rows = {(r["n"], r["beside"]): r for r in result.get("false alarms", [])}
+            for n in asked.sizes:
+                found = false_alarms(bundle, reference, pools, 10 if asked.quick else asked.windows, n)
+                rows |= {(r["n"], r["beside"]): r for r in found}
+                keep(**{"false alarms": [rows[key] for key in sorted(rows)]})
     return None
 
 

@@ -67,7 +67,9 @@ def shapes_bundle(path, sharpness=16.0, **more):
     tensors = [numpy_helper.from_array(a.astype(np.float32), name) for name, a in arrays.items()]
     ends = [("probabilities", 10), ("embedding", first.shape[1])]
     outputs = [value(name, TensorProto.FLOAT, ["batch", n]) for name, n in ends]
-    graph = helper.make_graph(nodes, "shapes", [value("images", TensorProto.UINT8, ["batch", 28, 28])], outputs, tensors)
+    graph = helper.make_graph(
+        nodes, "shapes", [value("images", TensorProto.UINT8, ["batch", 28, 28])], outputs, tensors
+    )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     (path / "model.onnx").write_bytes(made.SerializeToString())
     spec = {"name": "images", "dtype": "uint8", "layout": "NHW", "shape": [None, 28, 28], "channels": 1}

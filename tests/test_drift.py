@@ -53,7 +53,19 @@ def _samples(kind, n, rng):
     return made[kind]()
 
 
-KINDS = ["bytes", "means of bytes", "rounded", "continuous", "far", "one outlier", "infinite", "tiny", "two values", "huge", "whole"]
+KINDS = [
+    "bytes",
+    "means of bytes",
+    "rounded",
+    "continuous",
+    "far",
+    "one outlier",
+    "infinite",
+    "tiny",
+    "two values",
+    "huge",
+    "whole",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -360,8 +372,10 @@ def test_less_light_is_no_harm(known):
 def test_few_rows_and_none_have_no_verdict(known):
     images, _ = shapes(60, 63)
     for n in (0, 1, 49):
-        report = _report(known, images[:n]) if n else report_on(
-            drift_module.read_window([], known[1], CLASSES), known[1], CLASSES, "shapes"
+        report = (
+            _report(known, images[:n])
+            if n
+            else report_on(drift_module.read_window([], known[1], CLASSES), known[1], CLASSES, "shapes")
         )
         assert report.verdict == "too few rows" and report.status == 5 and not report.families
         json.dumps(report.to_json(), allow_nan=False)
@@ -383,7 +397,9 @@ def test_features_that_are_no_numbers_stop_nothing(known):
     features = window.rows.features.copy()
     features[:20, 1], features[30, 2], features[:, 3] = np.nan, np.inf, 0.5
     rows = Rows(features, window.rows.probabilities, window.rows.embedding)
-    report = report_on(Window(rows, *[getattr(window, n) for n in list(Window.__dataclass_fields__)[1:]]), reference, CLASSES)
+    report = report_on(
+        Window(rows, *[getattr(window, n) for n in list(Window.__dataclass_fields__)[1:]]), reference, CLASSES
+    )
     assert report.faults[0].rows == 21 and "entropy" in dict((f.name, f.columns) for f in report.families)["inputs"]
     json.dumps(report.to_json(), allow_nan=False)
 
@@ -481,7 +497,9 @@ def test_a_service_is_sent_ordinary_and_moved_inputs_and_the_command_tells(known
     assert found["accuracy"]["low"] <= truth <= found["accuracy"]["high"]
     assert _call("predictions", "export", tmp_path / "log.parquet", "--log", log).exit_code == 0
     assert len([*read_parquet(tmp_path / "log.parquet", "shapes")]) == 400
-    again = _call("drift", "shapes", "--rows", 200, "--bundle", bundle.path, "--log", tmp_path / "log.parquet", "--json")
+    again = _call(
+        "drift", "shapes", "--rows", 200, "--bundle", bundle.path, "--log", tmp_path / "log.parquet", "--json"
+    )
     assert again.exit_code == 3 and json.loads(again.output)["accuracy"] == found["accuracy"]
 
 
@@ -515,7 +533,9 @@ def test_a_log_of_another_version_is_told_apart(known, tmp_path):
     assert log.flush()
     log.close()
     done = _call("drift", "shapes", "--bundle", bundle.path, "--log", tmp_path / "log.db")
-    assert done.exit_code == 5 and "3 answered by v1-00000000" in done.output and "1 without an embedding" in done.output
+    assert (
+        done.exit_code == 5 and "3 answered by v1-00000000" in done.output and "1 without an embedding" in done.output
+    )
 
 
 def test_the_command_makes_a_reference_where_the_data_is(tmp_path):

@@ -73,133 +73,109 @@ def _gap(x: np.ndarray, y: np.ndarray) -> float:
     return max(int(steps.max()), -int(steps.min())) / (n * m)
 
 # %% ../../nbs/monitor/10_tests.ipynb #a18e000e
-_BINS, _CHUNK, _BLOCK = 1 << 16, 1 << 17, 4  # bins of a column; rows and columns at a time
+_BINS = 1 << 16
 
 
-def _ends(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "The smallest and the largest value of each of a few columns; NaN where there is one."
-    found = []
-    for i in range(0, len(table), _CHUNK):
-        part = np.ascontiguousarray(table[i : i + _CHUNK].T)
-        found.append((part.min(1), part.max(1)))
-    return np.min([low for low, _ in found], 0), np.max([high for _, high in found], 0)
+def _bins(x: np.ndarray, low: float, scale: float) -> np.ndarray:
+    "The bin of each value."
+    place = np.subtract(x, low)
+    place *= scale
+    return place.astype(np.intp)
 
 
-def _count(table: np.ndarray, low: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "The bin of each value of a few columns, (columns, rows), and how many each bin has."
-    n, k = table.shape
-    bins, counts = np.empty((k, n), np.uint16), np.zeros((k, _BINS), np.int64)
-    place, whole = np.empty((k, _CHUNK)), np.empty((k, _CHUNK), np.intp)
-    for i in range(0, n, _CHUNK):
-        m = min(_CHUNK, n - i)
-        np.subtract(table[i : i + m].T, low[:, None], out=place[:, :m])
-        np.multiply(place[:, :m], scale[:, None], out=place[:, :m])
-        np.copyto(whole[:, :m], place[:, :m], casting="unsafe")
-        bins[:, i : i + m] = whole[:, :m]
-        for j in range(k):
-            counts[j] += np.bincount(whole[j, :m], minlength=_BINS)
-    return bins, counts
+def _mixed(x: np.ndarray, y: np.ndarray, where: list[np.ndarray]) -> np.ndarray:
+    "Which bins hold more than one value: of bytes' quotients there is one a bin."
+    one, mixed = np.zeros(_BINS), np.zeros(_BINS, bool)
+    for values, bins in zip((x, y), where, strict=True):
+        one[bins] = values
+    for values, bins in zip((x, y), where, strict=True):
+        mixed[bins[one[bins] != values]] = True
+    return mixed
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e0010
+
 def _inside(x: np.ndarray, y: np.ndarray, sizes: np.ndarray, before: np.ndarray, n: int, m: int) -> int:
     "The largest gap, times n m, among some bins: the rows in them, how many each has, and the gap before each."
     steps, ends = _steps(x, y, m, n)
-    base = before - np.concatenate([[0], steps[np.cumsum(sizes)[:-1] - 1]])
+    last = np.cumsum(sizes)
+    base = before - np.concatenate([[0], steps[last[:-1] - 1]])
     steps += np.repeat(base, sizes)
     steps *= ends
     return max(int(steps.max()), -int(steps.min()))
 
-
-def _mixed(values: Sequence[np.ndarray], bins: Sequence[np.ndarray]) -> np.ndarray:
-    "Which bins hold more than one value: of bytes' quotients there is one a bin."
-    one, mixed = np.zeros(_BINS), np.zeros(_BINS, bool)
-    for v, b in zip(values, bins, strict=True):
-        one[b] = v
-    for v, b in zip(values, bins, strict=True):
-        mixed[b[one[b] != v]] = True
-    return mixed
-
-# %% ../../nbs/monitor/10_tests.ipynb #a18e0012
-def _open(values: Sequence[np.ndarray], bins: Sequence[np.ndarray], counts: Sequence[np.ndarray]) -> float:
-    "The gap of one column, whose bins are counted: look into those that could hold a larger one."
-    n, m = map(len, values)
+# %% ../../nbs/monitor/10_tests.ipynb #a18e0010
+def _quick_gap(x: np.ndarray, y: np.ndarray) -> float:
+    "`_gap` of long samples."
+    low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+    scale = (_BINS - 1) / (high - low) if math.isfinite(high - low) and high - low > 1e-290 else 0.0
+    if not scale:
+        return _gap(x, y)
+    n, m = len(x), len(y)
+    where = [_bins(a, low, scale) for a in (x, y)]
+    counts = [np.bincount(i, minlength=_BINS) for i in where]
     a, b = (np.cumsum(c) for c in counts)
     ends = a * m - b * n
     best = int(np.abs(ends).max())
     before = np.concatenate([[0], ends[:-1]])
-    may = (np.maximum(before + counts[0] * m, counts[1] * n - before) > best) & (counts[0] + counts[1] > 1)
-    if (counts[0] + counts[1])[may].sum() > (n + m) // 20:
-        may &= _mixed(values, bins)
-    if may.any():
-        x, y = (v[may[b]] for v, b in zip(values, bins, strict=True))
-        best = max(best, _inside(x, y, (counts[0] + counts[1])[may], before[may], n, m))
+    open_bins = np.maximum(before + counts[0] * m, -(before - counts[1] * n)) > best
+    open_bins &= (counts[0] > 0) | (counts[1] > 0)
+    if (counts[0] + counts[1])[open_bins].sum() > (n + m) // 20:
+        open_bins &= _mixed(x, y, where)
+    if open_bins.any():
+        parts = [v[open_bins[i]] for v, i in zip((x, y), where, strict=True)]
+        best = max(best, _inside(*parts, sum(counts)[open_bins], before[open_bins], n, m))
     return best / (n * m)
 
-
-def _quick_gaps(x: np.ndarray, y: np.ndarray) -> list[float]:
-    "`_gap` of a few long columns; NaN where a column has one, or cannot be cut into bins."
-    (low, high), (a, b) = _ends(x), _ends(y)
-    low, high = np.minimum(low, a), np.maximum(high, b)
-    with np.errstate(over="ignore", invalid="ignore"):
-        width = high - low
-    fine = np.isfinite(width) & (width > 1e-290)
-    scale = np.divide(_BINS - 1, width, out=np.zeros(len(width)), where=fine)
-    if not fine.all():
-        found = np.full(len(fine), np.nan)
-        found[fine] = _quick_gaps(x[:, fine], y[:, fine]) if fine.any() else 0
-        return found.tolist()
-    counted = [_count(table, low, scale) for table in (x, y)]
-    return [_open([x[:, j], y[:, j]], *zip(*((b[j], c[j]) for b, c in counted), strict=True)) for j in range(len(low))]
-
-# %% ../../nbs/monitor/10_tests.ipynb #a18e0015
+# %% ../../nbs/monitor/10_tests.ipynb #a18e0013
 _LONG = 100_000  # rows of both samples; bins cost more than they save below
 _LIMIT = 20_000  # the distribution for so many rows is the limit's within half a percent of p, and takes up to a second
 
 
-def _ks_one(name: str, x: np.ndarray, y: np.ndarray, gap: float = math.nan) -> Test:
-    "One column of the window, x, against the reference's, y; their gap, if it is known."
-    if math.isnan(gap):
-        fine = [a[~np.isnan(a)] if len(a) and np.isnan(a.min()) else a for a in (x, y)]
-    else:
-        fine = [x, y]
+def _ks_one(name: str, x: np.ndarray, y: np.ndarray) -> Test:
+    "One column of the window, x, against the reference's, y."
+    fine = [a[~np.isnan(a)] if len(a) and np.isnan(a.min()) else a for a in (x, y)]
     n, m = map(len, fine)
     left = len(x) - n + len(y) - m
     if not (n and m):
         return Test(name, "ks", 0.0, 1.0, n, m, f"no values in the {'reference' if n else 'window'}")
-    if math.isnan(gap):
-        gap = _gap(*fine)
+    gap = (_quick_gap if n + m > _LONG else _gap)(*fine)
     size = n * m / (n + m)
     p = float(stats.kstwo.sf(gap, max(1, round(size))) if size < _LIMIT else special.kolmogorov(gap * math.sqrt(size)))
     return Test(name, "ks", gap, min(1.0, max(0.0, p)), n, m, f"{left:,} without a number" if left else "")
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e0017
-def _block(names: Sequence[str], x: np.ndarray, y: np.ndarray) -> list[Test]:
-    "A few columns."
-    k = len(names)
-    gaps = _quick_gaps(x, y) if min(len(x), len(y)) and len(x) + len(y) > _LONG else [math.nan] * k
-    return [_ks_one(names[j], x[:, j], y[:, j], gaps[j]) for j in range(k)]
+# %% ../../nbs/monitor/10_tests.ipynb #a18e0015
+_BLOCK, _CHUNK = 4, 4096  # columns and rows that are copied at once: both ends stay in the cache
+
+
+def _columns(table: np.ndarray, start: int) -> np.ndarray:
+    "Some columns of a table, each in one piece."
+    part = table[:, start : start + _BLOCK]
+    block = np.empty(part.shape[::-1])
+    for i in range(0, len(part), _CHUNK):
+        block[:, i : i + _CHUNK] = part[i : i + _CHUNK].T
+    return block
 
 
 def ks_columns(
     window: np.ndarray,  # (n, columns), or (n,)
     reference: np.ndarray,  # (m, columns), or (m,)
     names: Sequence[str] | None = None,  # of the columns; None: their numbers
-    threads: int = 2,  # where columns are long
+    threads: int = 2,  # columns at a time, where they are long
 ) -> list[Test]:  # one a column
     "The two-sample Kolmogorov-Smirnov test of each column: the exact statistic, with p-values of the limit."
     pair = [np.asarray(a)[:, None] if np.ndim(a) == 1 else np.asarray(a) for a in (window, reference)]
     if pair[0].ndim != 2 or pair[0].shape[1:] != pair[1].shape[1:]:
         raise ValueError(f"expected as many columns in both samples, got {pair[0].shape} and {pair[1].shape}")
-    x, y = (a if a.dtype == np.float64 else a.astype(np.float64) for a in pair)
-    k = x.shape[1]
+    k = pair[0].shape[1]
     names = [str(i) for i in range(k)] if names is None else list(names)
     if len(names) != k:
         raise ValueError(f"names: expected one for each of {k} columns, got {len(names)}")
-    parts = [slice(i, i + _BLOCK) for i in range(0, k, _BLOCK)]
-    with ThreadPoolExecutor(threads if len(x) + len(y) > _LONG else 1) as pool:
-        return sum(pool.map(lambda p: _block(names[p], x[:, p], y[:, p]), parts), [])
+    found: list[Test] = []
+    with ThreadPoolExecutor(threads if len(pair[0]) + len(pair[1]) > _LONG else 1) as pool:
+        for i in range(0, k, _BLOCK):
+            found += pool.map(_ks_one, names[i : i + _BLOCK], *(_columns(a, i) for a in pair))
+    return found
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e001a
+# %% ../../nbs/monitor/10_tests.ipynb #a18e0018
 def _merged(table: np.ndarray) -> np.ndarray:
     "A table of counts, (2, K), whose rare columns are put together; none is expected less than five times."
     table = table[:, np.argsort(table.sum(0), kind="stable")]
@@ -209,7 +185,7 @@ def _merged(table: np.ndarray) -> np.ndarray:
         rare += 1
     return np.concatenate([table[:, :rare].sum(1, keepdims=True), table[:, rare:]], 1) if rare else table
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e001c
+# %% ../../nbs/monitor/10_tests.ipynb #a18e001a
 def chi2_counts(
     window: Sequence[int] | np.ndarray,  # (K,) how often each class came up
     reference: Sequence[int] | np.ndarray,  # (K,) the same of the reference
@@ -235,7 +211,7 @@ def chi2_counts(
     statistic = float(((table - expected) ** 2 / expected).sum())
     return Test(name, "chi2", statistic, float(stats.chi2.sf(statistic, table.shape[1] - 1)), n, m, note)
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e001f
+# %% ../../nbs/monitor/10_tests.ipynb #a18e001d
 def _tidy(p: Sequence[float] | np.ndarray) -> np.ndarray:
     "p-values as an array; one that is none is refused."
     values = np.asarray(p, np.float64)
@@ -255,7 +231,7 @@ def holm(
     adjusted[order] = np.minimum(1, steps)
     return adjusted
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e0021
+# %% ../../nbs/monitor/10_tests.ipynb #a18e001f
 def benjamini_hochberg(
     p: Sequence[float] | np.ndarray,  # p-values
 ) -> np.ndarray:  # adjusted, in the same order
@@ -269,7 +245,7 @@ def benjamini_hochberg(
     adjusted[order] = np.minimum(1, np.minimum.accumulate(steps[::-1])[::-1])
     return adjusted
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e0024
+# %% ../../nbs/monitor/10_tests.ipynb #a18e0022
 def _cosines(rows: np.ndarray, rng: np.random.Generator, features: int) -> np.ndarray:
     "Random features of three Gaussian kernels, half, one and two typical distances wide."
     some = rows[rng.permutation(len(rows))[:400]]
@@ -279,7 +255,7 @@ def _cosines(rows: np.ndarray, rng: np.random.Generator, features: int) -> np.nd
     w = rng.normal(size=(rows.shape[1], features)) / scale
     return np.cos(rows @ w.astype(np.float32) + rng.uniform(0, 2 * np.pi, features).astype(np.float32))
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e0026
+# %% ../../nbs/monitor/10_tests.ipynb #a18e0024
 def _scaled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, int]:
     "Both samples in one array, columns of like size, rows with a number in every column; and how many are the first."
     x, y = (a[np.isfinite(a).all(1)] for a in (x, y))
@@ -320,7 +296,7 @@ def mmd(
     p = (1 + int((apart[1:] >= apart[0]).sum())) / (permutations + 1)
     return Test(name, "mmd", float(apart[0]), p, n, m)
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e002a
+# %% ../../nbs/monitor/10_tests.ipynb #a18e0028
 def ks_detectable(
     n: int,  # rows of the window
     m: int,  # rows of the reference
@@ -332,7 +308,7 @@ def ks_detectable(
     gap = float(stats.kstwo.isf(level, max(1, round(n * m / (n + m)))))
     return 2 * NormalDist().inv_cdf((1 + gap) / 2) if gap < 1 else math.inf
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e002c
+# %% ../../nbs/monitor/10_tests.ipynb #a18e002a
 def rows_for_fall(
     before: float,  # accuracy, from 0 to 1
     after: float,  # a lower one
@@ -360,7 +336,7 @@ def fall_power(
     room = fall * math.sqrt(n) - z.inv_cdf(1 - level) * math.sqrt(before * (1 - before))
     return z.cdf(room / math.sqrt(after * (1 - after)))
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e002f
+# %% ../../nbs/monitor/10_tests.ipynb #a18e002d
 def bootstrap_interval(
     values: np.ndarray,  # (n,)
     confidence: float = 0.95,  # of the interval
@@ -377,7 +353,7 @@ def bootstrap_interval(
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
 
-# %% ../../nbs/monitor/10_tests.ipynb #a18e0032
+# %% ../../nbs/monitor/10_tests.ipynb #a18e0030
 @dataclass(frozen=True)
 class Family:
     "Tests that belong together, and what they say as one."
