@@ -166,7 +166,8 @@ def grid(bundle, reference, pools, before, windows):
             found.append(row)
             right = f", named right {row['named right']:.0%}" if expected else ""
             print(
-                f"| {name}, n = {n}: accuracy {row['accuracy']:.1%}, said {low:.1%} to {high:.1%} | changed {row['changed']:.0%}{right}; range holds {row['range holds']:.0%} | {dict(verdicts)} |",
+                f"| {name}, n = {n}: accuracy {row['accuracy']:.1%}, said {low:.1%} to {high:.1%} "
+                f"| changed {row['changed']:.0%}{right}; range holds {row['range holds']:.0%} | {dict(verdicts)} |",
                 flush=True,
             )
     return found
@@ -220,14 +221,15 @@ def speed(quick):
             }
         )
         print(
-            f"| KS of {n:,} against {n:,} rows x 20, {kind} | {fast:.2f} s, scipy {slow:.2f} s: {slow / fast:.1f} times ({work:.1f} of processor), apart {apart:.0e} | 20 times, 1e-12 |",
+            f"| KS of {n:,} against {n:,} rows x 20, {kind} | {fast:.2f} s, scipy {slow:.2f} s: {slow / fast:.1f} times "
+            f"({work:.1f} of processor), apart {apart:.0e} | 20 times, 1e-12 |",
             flush=True,
         )
     return found
 
 
 def whole(path):
-    """In a process of its own: ten thousand rows of a window against the reference, everything; the rows lie in a file."""
+    """In a process of its own: ten thousand rows of a window, which lie in a file, against the reference; everything."""
     bundle = open_bundle(path, verify=False)
     reference, n = known.open_reference(bundle), 10_000
     with np.load(Path(path).parent / "window.npz") as z:

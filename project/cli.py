@@ -952,7 +952,7 @@ def models_reference(bundle: str) -> None:
     new = make_reference(old, open_data(old.task))
     found, size = open_reference(new), new.manifest["files"][FILE]["bytes"]
     click.echo(f"{show_path(new.path / FILE)}: {len(found):,} rows, {human_bytes(size)}; accuracy {found.accuracy:.1%}")
-    _table([{"inputs are": n, "accuracy": f"{a:.1%}"} for n, a in dict((p.name, p.accuracy) for p in found.prints).items()])
+    _table([{"inputs are": n, "accuracy": f"{a:.1%}"} for n, a in {p.name: p.accuracy for p in found.prints}.items()])
 
 # %% ../nbs/cli/10_cli.ipynb #3c6dfd40
 @models.command("lineage")

@@ -1,4 +1,4 @@
-"""A small image task with a model that is trained in a second, without torch: ten shapes, and a bundle that tells them."""
+"""A small image task whose model is trained in a second without torch: ten shapes, and a bundle that tells them."""
 
 from dataclasses import dataclass
 

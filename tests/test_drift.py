@@ -3,11 +3,9 @@
 import io
 import json
 import math
-import os
 import shutil
 import tracemalloc
 import warnings
-import zipfile
 
 import numpy as np
 import pytest
@@ -84,7 +82,7 @@ def test_the_ks_distance_is_scipys(kind, sizes):
 
 
 def test_long_columns_are_like_short_ones():
-    """Rows by the ten thousand go another way; with a shift inside one bin, and with an order that makes no difference."""
+    """Rows by the ten thousand go another way; with a shift inside one bin, and in any order."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60_000, 5)), rng.normal(size=(70_000, 5))
     y[:, 1] += 0.01
@@ -400,7 +398,7 @@ def test_features_that_are_no_numbers_stop_nothing(known):
     report = report_on(
         Window(rows, *[getattr(window, n) for n in list(Window.__dataclass_fields__)[1:]]), reference, CLASSES
     )
-    assert report.faults[0].rows == 21 and "entropy" in dict((f.name, f.columns) for f in report.families)["inputs"]
+    assert report.faults[0].rows == 21 and "entropy" in {f.name: f.columns for f in report.families}["inputs"]
     json.dumps(report.to_json(), allow_nan=False)
 
 
@@ -526,7 +524,7 @@ def test_a_log_of_another_version_is_told_apart(known, tmp_path):
 
     bundle, _ = known
     log = PredictionLog(tmp_path / "log.db")
-    answer = {name: 0.1 for name in CLASSES}
+    answer = dict.fromkeys(CLASSES, 0.1)
     for version in ["v1-00000000"] * 3 + [f"v2-{bundle.hash[:8]}"]:  # the last one is of a time before embeddings
         row = {"id": new_id(), "task": "shapes", "version": version, "predicted": CLASSES[0], "probabilities": answer}
         assert log.put(row)

@@ -23,7 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from .manifest import Bundle, BundleError, bundle_tokenizer, onnx_session, open_bundle, run_bundle, staged, write_manifest
+from project.bundle.manifest import (
+    Bundle,
+    BundleError,
+    bundle_tokenizer,
+    onnx_session,
+    open_bundle,
+    run_bundle,
+    staged,
+    write_manifest,
+)
 from ..core import show_path
 from ..data.features import features_of_images, text_features
 
@@ -116,7 +125,9 @@ def _covered(x: _Images, rng: np.random.Generator) -> _Images:
     "A grey square over a part of each image, somewhere."
     out, (h, w) = x.copy(), x.shape[1:3]
     side = max(1, round(min(h, w) * 0.4))
-    for image, top, left in zip(out, rng.integers(0, h - side + 1, len(x)), rng.integers(0, w - side + 1, len(x)), strict=True):
+    for image, top, left in zip(
+        out, rng.integers(0, h - side + 1, len(x)), rng.integers(0, w - side + 1, len(x)), strict=True
+    ):
         image[top : top + side, left : left + side] = 128
     return out
 
@@ -154,8 +165,10 @@ def image_corruptions(
 
 # %% ../../nbs/bundle/70_reference.ipynb #b70e100d
 _FOREIGN = {
-    "German": "der die das und ist nicht ein eine zu von mit sich auf für als auch werden aus er hat dass sie nach wird bei noch wie einem über so zum haben nur oder aber vor bis mehr durch man sein wurde Regierung Jahr Menschen gegen heute Präsident Land sagte",
-    "Spanish": "de la que el en y a los se del las un por con no una su para es al lo como más pero sus le ya o este sí porque esta entre cuando muy sin sobre también me hasta hay donde gobierno año personas contra hoy presidente país dijo",
+    "German": "der die das und ist nicht ein eine zu von mit sich auf für als auch werden aus er hat dass sie nach "
+    "wird bei noch wie einem über so zum haben nur oder aber vor bis mehr durch man sein wurde Jahr heute sagte",
+    "Spanish": "de la que el en y a los se del las un por con no una su para es al lo como más pero sus le ya o "
+    "este sí porque esta entre cuando muy sin sobre también hasta hay donde gobierno año personas contra hoy presidente dijo",
 }
 _MENU = "Home News Politics Sport Video Sign in Subscribe Share on Facebook Tweet Cookie settings Accept all"
 
@@ -214,8 +227,12 @@ def text_corruptions(
 
     found = {name: [of_rows(change) for change in ways] for name, ways in _TEXTS.items()}
     if len(fields) > 1:
-        found["first field alone"] = [lambda rows, _: [{k: v if k == fields[0] else "" for k, v in r.items()} for r in rows]]
-        found["first field missing"] = [lambda rows, _: [{k: "" if k == fields[0] else v for k, v in r.items()} for r in rows]]
+        found["first field alone"] = [
+            lambda rows, _: [{k: v if k == fields[0] else "" for k, v in r.items()} for r in rows]
+        ]
+        found["first field missing"] = [
+            lambda rows, _: [{k: "" if k == fields[0] else v for k, v in r.items()} for r in rows]
+        ]
     return found
 
 # %% ../../nbs/bundle/70_reference.ipynb #b70e1012
@@ -360,7 +377,9 @@ def _fit(vector: np.ndarray, n: int, own: np.ndarray, print_: Fingerprint, share
     start, width = own
     expected = start + share * (print_.mean - start)
     each = (1 - share) * width**2 + share * print_.spread**2 + share * (1 - share) * (print_.mean - start) ** 2
-    chance = each / n + share**2 * print_.spread**2 / print_.rows + _SLACK**2 * (1 + share * np.abs(print_.mean - start))
+    chance = (
+        each / n + share**2 * print_.spread**2 / print_.rows + _SLACK**2 * (1 + share * np.abs(print_.mean - start))
+    )
     score = float(np.mean((vector - expected) ** 2 / chance + np.log(chance / _SLACK**2)))
     weight = 1 / (width**2 / n + _SLACK**2)
     by_chance = float((weight * width**2 / n).sum())
@@ -451,7 +470,7 @@ def _check_data(bundle: Bundle, data: Any) -> None:
     if data.task != bundle.task or list(data.classes) != bundle.classes:
         raise BundleError(
             f"expected data of {bundle.task} with the classes of the bundle, found {data.task} with "
-            f"{len(data.classes)} classes. Give the data that the model was trained on: project data build {bundle.task}"
+            f"{len(data.classes)} classes. Give the data that it was trained on: project data build {bundle.task}"
         )
 
 
@@ -533,7 +552,9 @@ def make_reference(
 # %% ../../nbs/bundle/70_reference.ipynb #b70e1028
 _UNPACKED = 64_000_000  # bytes
 _ANCHORS, _NEAR = 1000, 5  # rows that distances are taken to; which of the nearest counts
-NO_REFERENCE = "project models reference BUNDLE makes one, where the task's data is; `project data build TASK` builds that"
+NO_REFERENCE = (
+    "project models reference BUNDLE makes one, where the task's data is; `project data build TASK` builds that"
+)
 
 
 @dataclass(frozen=True)
@@ -553,7 +574,8 @@ class Reference:
         return len(self.labels)
 
     def __repr__(self) -> str:
-        return f"Reference({self.meta['task']}: {len(self):,} rows, {self.accuracy:.1%} right, {len(self.names)} fingerprints)"
+        found = f"{len(self):,} rows, {self.accuracy:.1%} right, {len(self.names)} fingerprints"
+        return f"Reference({self.meta['task']}: {found})"
 
     @property
     def names(self) -> list[str]:
@@ -641,7 +663,9 @@ def _check(meta: Any, arrays: Mapping[str, np.ndarray], bundle: Bundle) -> None:
     shapes |= {"print_mean": (c, width), "print_spread": (c, width)}
     for name, shape in shapes.items():
         if arrays[name].shape != shape or arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
-            raise BundleError(f"{where}: {name}: expected finite numbers of shape {shape}, found {arrays[name].shape}. Make it anew.")
+            raise BundleError(
+                f"{where}: {name}: expected finite numbers of shape {shape}, found {arrays[name].shape}. Make it anew."
+            )
     if n < 2 or feature_names(bundle.kind) != meta["features"]:
         raise BundleError(f"{where}: expected two rows or more with the features of this version. Make it anew.")
 

@@ -228,7 +228,9 @@ def _alike(own: np.ndarray, usual: np.ndarray, right: np.ndarray, near: int = 40
     "The share that was right among the nearest rows of the reference; columns are in ranks, each as important."
     order = [np.sort(column) for column in usual.T]
     own, usual = (
-        np.column_stack([np.searchsorted(o, c) / len(o) for o, c in zip(order, table.T, strict=True)]).astype(np.float32)
+        np.column_stack([np.searchsorted(o, c) / len(o) for o, c in zip(order, table.T, strict=True)]).astype(
+            np.float32
+        )
         for table in (own, usual)
     )
     shares = []
@@ -255,7 +257,7 @@ class Accuracy:
 
     @property
     def middle(self) -> float:
-        "What the labels say, where there are enough; the fingerprint, where there is one; or the median of the estimates."
+        "What the labels say where there are enough, the fingerprint where there is one, or the estimates' median."
         if self.labelled >= LEAST:
             return self.right / self.labelled
         if "fingerprint" in self.estimates:
@@ -279,7 +281,9 @@ def estimate_accuracy(
         "confidence": start + conf.mean() - before_conf.mean(),
         "threshold": _threshold(conf, before_conf, start),
         "threshold on entropy": _threshold(-_entropy(own), -_entropy(usual), start),
-        "alike": _alike(*(np.column_stack([p.max(1), z[:, -1]]) for p, z in ((own, projected), (usual, reference.projected))), right),
+        "alike": _alike(
+            *(np.column_stack([p.max(1), z[:, -1]]) for p, z in ((own, projected), (usual, reference.projected))), right
+        ),
     }
     found = {name: min(1.0, max(0.0, float(value) + before - start)) for name, value in found.items()}
     if like:
@@ -514,14 +518,19 @@ def _histogram(own: np.ndarray, usual: np.ndarray, bins: int = 24) -> dict[str, 
     return {"edges": edges.round(5).tolist(), "before": before.round(5).tolist(), "after": after.round(5).tolist()}
 
 
-def _pictures(rows: Rows, projected: np.ndarray, reference: Reference, tested: Sequence[Family], classes: Sequence[str]) -> dict[str, Any]:
+def _pictures(
+    rows: Rows, projected: np.ndarray, reference: Reference, tested: Sequence[Family], classes: Sequence[str]
+) -> dict[str, Any]:
     "Histograms of the columns that changed most, and of the confidence."
     k, directions = len(classes), projected.shape[1] - 1
     titles = [*reference.meta["features"], "confidence", *(f"probability of {c}" for c in classes)]
     titles += [*(f"direction {i + 1}" for i in range(directions)), "outside the directions"]
     own, usual = columns_of(rows, projected), reference.columns
     named = [name for f in tested if f.adjusted <= LEVEL for name in f.columns[:2] if name in titles]
-    return {name: _histogram(own[:, titles.index(name)], usual[:, titles.index(name)]) for name in dict.fromkeys(["confidence", *named][: 7 if k else 0])}
+    return {
+        name: _histogram(own[:, titles.index(name)], usual[:, titles.index(name)])
+        for name in dict.fromkeys(["confidence", *named][: 7 if k else 0])
+    }
 
 # %% ../../nbs/monitor/20_drift.ipynb #d21f702b
 FITS = 0.5  # of the difference that a fingerprint must explain to be named
@@ -573,14 +582,30 @@ def report_on(
     ends = (fair.times[0], fair.times[-1]) if n else ("", "")
     power = _power(n, len(reference), start)
     return Report(
-        task, version, n, window.left_out | out, *ends, len(reference), faults, tested, accuracy, outside, like, segments,
-        verdict, power, todo, shown,
+        task,
+        version,
+        n,
+        window.left_out | out,
+        *ends,
+        len(reference),
+        faults,
+        tested,
+        accuracy,
+        outside,
+        like,
+        segments,
+        verdict,
+        power,
+        todo,
+        shown,
     )
 
 # %% ../../nbs/monitor/20_drift.ipynb #d21f702f
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1d2433}
-h1 small{font-weight:400;color:#5a6478}table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem .2rem 0;text-align:left}
-th{border-bottom:1px solid #c5ccd8}figure{display:inline-block;margin:0 1rem 1rem 0}figcaption{font-size:13px;color:#5a6478}
+h1 small{font-weight:400;color:#5a6478}table{border-collapse:collapse;margin:1rem 0}
+td,th{padding:.2rem .8rem .2rem 0;text-align:left}
+th{border-bottom:1px solid #c5ccd8}figure{display:inline-block;margin:0 1rem 1rem 0}
+figcaption{font-size:13px;color:#5a6478}
 @media(prefers-color-scheme:dark){body{background:#14171d;color:#e4e8ef}}"""
 
 
@@ -589,13 +614,13 @@ def _svg(name: str, shape: Mapping[str, Sequence[float]]) -> str:
     before, after = shape["before"], shape["after"]
     top, width = max([*before, *after, 1e-9]), 300 / len(before)
     bars = "".join(
-        f'<rect x="{i * width:.1f}" y="{80 - 76 * b / top:.1f}" width="{width - 1:.1f}" height="{76 * b / top:.1f}" fill="#9aa5b8"/>'
+        f'<rect x="{i * width:.1f}" y="{80 - (tall := 76 * b / top):.1f}" width="{width - 1:.1f}" height="{tall:.1f}"/>'
         for i, b in enumerate(before)
     )
     line = " ".join(f"{(i + 0.5) * width:.1f},{80 - 76 * a / top:.1f}" for i, a in enumerate(after))
     edges, title = shape["edges"], html.escape(name)
     return (
-        f'<figure><svg width="300" height="82" role="img" aria-label="{title}, before and after">{bars}'
+        f'<figure><svg width="300" height="82" fill="#9aa5b8" role="img" aria-label="{title}, before and after">{bars}'
         f'<polyline points="{line}" fill="none" stroke="#d1495b" stroke-width="2"/></svg>'
         f"<figcaption>{title}: {edges[0]:.4g} to {edges[-1]:.4g}; grey before, red now</figcaption></figure>"
     )
@@ -627,7 +652,9 @@ def to_html(
         f"<p><small>Model {e(report.version)}; reference of {report.reference:,} validation rows.</small></p>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{e(title)}</title>'
-    return f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{"".join(parts)}</body></html>'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{"".join(parts)}</body></html>'
+    )
 
 # %% ../../nbs/monitor/20_drift.ipynb #d21f7034
 def read_parquet(
@@ -641,7 +668,18 @@ def read_parquet(
         file = parquet.ParquetFile(path)
     except ArrowInvalid as e:
         raise ValueError(f"{show_path(path)}: expected a Parquet file, found something else ({str(e):.100})") from e
-    wanted = ["time", "task", "version", "probabilities", "features", "embedding", "client", "input_sha256", "label", "label_source"]
+    wanted = [
+        "time",
+        "task",
+        "version",
+        "probabilities",
+        "features",
+        "embedding",
+        "client",
+        "input_sha256",
+        "label",
+        "label_source",
+    ]
     if missing := [name for name in wanted if name not in file.schema_arrow.names]:
         raise ValueError(f"{show_path(path)}: expected the columns of an exported log, {missing[0]} is missing")
     for batch in file.iter_batches(2000, columns=wanted):
@@ -662,7 +700,11 @@ def drift(
     reference, version = open_reference(bundle), bundle.hash[:8]
     if str(log or "").endswith((".parquet", ".pq")):
         found = [r | {"time": stamp(r["time"])} for r in read_parquet(str(log), bundle.task)]
-        found = [r for r in found if (since is None or r["time"] >= stamp(since)) and (until is None or r["time"] < stamp(until))]
+        found = [
+            r
+            for r in found
+            if (since is None or r["time"] >= stamp(since)) and (until is None or r["time"] < stamp(until))
+        ]
         logged: Iterable[Mapping[str, Any]] = sorted(found, key=lambda r: r["time"])[-rows:]
     else:
         logged = PredictionTable(log).rows(bundle.task, since, until, rows, newest=True)

@@ -249,7 +249,11 @@ def benjamini_hochberg(
 def _cosines(rows: np.ndarray, rng: np.random.Generator, features: int) -> np.ndarray:
     "Random features of three Gaussian kernels, half, one and two typical distances wide."
     some = rows[rng.permutation(len(rows))[:400]]
-    apart = ((some[:200, None] - some[None, 200:400]) ** 2).sum(-1) if len(some) > 200 else ((some[:, None] - some) ** 2).sum(-1)
+    apart = (
+        ((some[:200, None] - some[None, 200:400]) ** 2).sum(-1)
+        if len(some) > 200
+        else ((some[:, None] - some) ** 2).sum(-1)
+    )
     width = math.sqrt(float(np.median(apart))) or 1.0
     scale = np.repeat([0.5, 1.0, 2.0], -(-features // 3))[:features] * width
     w = rng.normal(size=(rows.shape[1], features)) / scale
