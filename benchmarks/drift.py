@@ -221,15 +221,15 @@ def speed(quick):
             }
         )
         print(
-            f"| KS of {n:,} against {n:,} rows x 20, {kind} | {fast:.2f} s, scipy {slow:.2f} s: {slow / fast:.1f} times "
-            f"({work:.1f} of processor), apart {apart:.0e} | 20 times, 1e-12 |",
+            f"| KS of {n:,} against {n:,} rows x 20, {kind} | {fast:.2f} s, scipy {slow:.2f} s: "
+            f"{slow / fast:.1f} times ({work:.1f} of processor), apart {apart:.0e} | 20 times, 1e-12 |",
             flush=True,
         )
     return found
 
 
 def whole(path):
-    """In a process of its own: ten thousand rows of a window, which lie in a file, against the reference; everything."""
+    """In a process of its own: ten thousand rows of a window, from a file, against the reference; everything."""
     bundle = open_bundle(path, verify=False)
     reference, n = known.open_reference(bundle), 10_000
     with np.load(Path(path).parent / "window.npz") as z:

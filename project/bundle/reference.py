@@ -11,7 +11,6 @@ __all__ = ['DIRECTIONS', 'FILE', 'NO_REFERENCE', 'moved', 'image_corruptions', '
 import contextlib
 import io
 import json
-import math
 import os
 import shutil
 import zipfile
@@ -168,7 +167,7 @@ _FOREIGN = {
     "German": "der die das und ist nicht ein eine zu von mit sich auf für als auch werden aus er hat dass sie nach "
     "wird bei noch wie einem über so zum haben nur oder aber vor bis mehr durch man sein wurde Jahr heute sagte",
     "Spanish": "de la que el en y a los se del las un por con no una su para es al lo como más pero sus le ya o "
-    "este sí porque esta entre cuando muy sin sobre también hasta hay donde gobierno año personas contra hoy presidente dijo",
+    "este sí porque esta entre cuando muy sin sobre también hasta hay donde gobierno año personas hoy presidente dijo",
 }
 _MENU = "Home News Politics Sport Video Sign in Subscribe Share on Facebook Tweet Cookie settings Accept all"
 
