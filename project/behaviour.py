@@ -53,10 +53,7 @@ class Behaviour:
 _Predict = Callable[[Any], np.ndarray]  # inputs -> probabilities (N, C)
 
 
-def _ask(
-    predict: _Predict,  # the model
-    inputs: Any,  # an array of images, or a list of texts
-) -> np.ndarray:  # (N, C)
+def _ask(predict: _Predict, inputs: Any) -> np.ndarray:
     "What a model says, checked."
     found = np.asarray(predict(inputs))
     if found.ndim != 2 or len(found) != len(inputs) or not np.isfinite(found).all():
@@ -64,10 +61,7 @@ def _ask(
     return found
 
 
-def _changed(
-    inputs: Any,  # an array of images, or a list of texts
-    change: Callable[[Any], Any],  # makes other inputs of them
-) -> tuple[np.ndarray, Any]:  # rows that the change changed, and what it made of them
+def _changed(inputs: Any, change: Callable[[Any], Any]) -> tuple[np.ndarray, Any]:
     "Apply a change; an input that it leaves as it is tests nothing, and is not counted."
     other = change(inputs)
     if len(other) != len(inputs):

@@ -6,9 +6,9 @@
 __all__ = ['Check', 'Names', 'app', 'data', 'data_build', 'data_show', 'run_notebook', 'runs', 'results', 'show', 'compare_runs',
            'reproduce_run', 'params', 'verify_files', 'scan', 'fresh', 'models', 'models_list', 'models_add',
            'models_best', 'models_show', 'models_verify', 'models_alias', 'models_rollback', 'models_retire',
-           'models_compress', 'models_lineage', 'models_gc', 'models_mirror', 'promote_model', 'serve_models',
-           'predict', 'predictions', 'list_predictions', 'export_predictions', 'purge_predictions', 'slo', 'slo_write',
-           'slo_check', 'doctor', 'completion']
+           'models_compress', 'models_reference', 'models_lineage', 'models_gc', 'models_mirror', 'promote_model',
+           'serve_models', 'predict', 'predictions', 'list_predictions', 'export_predictions', 'purge_predictions',
+           'drift_of', 'slo', 'slo_write', 'slo_check', 'doctor', 'completion']
 
 # %% ../nbs/cli/10_cli.ipynb #8e0d05bc
 import contextlib
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from project.bundle.registry import Registry
 
 # %% ../nbs/cli/10_cli.ipynb #83e779fd
-def _extras() -> dict[str, list[str]]:  # extra -> the packages that it brings and that are not here
+def _extras() -> dict[str, list[str]]:
     "What of each extra is missing, as the metadata of this installation tells it; groups of extras are left out."
     from packaging.requirements import Requirement
 
@@ -129,10 +129,7 @@ class _NewFile(click.Path):
         return path
 
 # %% ../nbs/cli/10_cli.ipynb #6c4dca74
-def _table(
-    rows: list[dict[str, Any]],  # alike rows
-    title: str = "",  # above the table
-) -> None:
+def _table(rows: list[dict[str, Any]], title: str = "") -> None:
     "Print rows as columns of text, which a person reads and `awk` does too."
     lines = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -148,9 +145,7 @@ def data() -> None:
     "Build and show a task's data."
 
 
-def _reasons(
-    rejects: Iterable[dict[str, Any]],  # from a manifest: file, row, reason
-) -> list[tuple[int, str]]:  # how many, why; the most frequent first
+def _reasons(rejects: Iterable[dict[str, Any]]) -> list[tuple[int, str]]:
     "Why rows were left out, without what differs from row to row."
     found = Counter(str(r["reason"]).partition(":")[0].strip() for r in rejects)
     return [(n, reason) for reason, n in found.most_common()]
@@ -178,10 +173,7 @@ def data_build(task: str, source: str, force: bool) -> None:
         click.echo(built.dvc)
 
 # %% ../nbs/cli/10_cli.ipynb #8fae49b7
-def _count_rows(
-    labels: dict[str, list[int]],  # split -> the label of each row; -1 for none of the classes
-    classes: list[str],  # names
-) -> list[dict[str, Any]]:  # for `_table`
+def _count_rows(labels: dict[str, list[int]], classes: list[str]) -> list[dict[str, Any]]:
     "How many rows of each class each split has."
     odd = any(-1 in found for found in labels.values())
     names = dict(enumerate(classes)) | ({-1: "(none of them)"} if odd else {})
@@ -210,9 +202,7 @@ def data_show(task: str, as_json: bool) -> None:
     _table(rows, f"{task} · {show_path(found.path)} · {found.hash[:12]}")
 
 # %% ../nbs/cli/10_cli.ipynb #965c2b0d
-def _find_notebook(
-    name: str,  # a path, or the name of a notebook in nbs/
-) -> Path:  # an existing notebook
+def _find_notebook(name: str) -> Path:
     "A notebook by path, or by its name in nbs/."
     stem = name.removesuffix(".ipynb")
     for path in (Path(name), Path(f"{stem}.ipynb"), root() / "nbs" / f"{stem}.ipynb"):
@@ -222,10 +212,7 @@ def _find_notebook(
     raise click.BadParameter(f"no notebook {name!r}. Give a path, or one of {', '.join(there)}.", param_hint="NOTEBOOK")
 
 
-def _output_path(
-    path: Path,  # the notebook to execute
-    output: str | None,  # as it was given
-) -> Path:  # where the executed notebook goes
+def _output_path(path: Path, output: str | None) -> Path:
     "OUTPUT, or out/NAME.ipynb; what is no notebook's path was meant as something else."
     output = output or str(root() / "out" / path.name)
     if "://" in output:
@@ -237,9 +224,7 @@ def _output_path(
     return Path(output)
 
 # %% ../nbs/cli/10_cli.ipynb #0c6dc348
-def _read_parameters(
-    file: str | Path,  # YAML
-) -> dict[str, Any]:  # by name
+def _read_parameters(file: str | Path) -> dict[str, Any]:
     "The parameters in a file, `name: value` each."
     import yaml
 
@@ -266,10 +251,7 @@ def _read_parameters(
     return content or {}
 
 # %% ../nbs/cli/10_cli.ipynb #0ce903ab
-def _parameters(
-    pairs: Iterable[tuple[str, str]],  # from `-p`
-    files: Iterable[str],  # from `-f`
-) -> dict[str, Any]:  # as papermill would read them
+def _parameters(pairs: Iterable[tuple[str, str]], files: Iterable[str]) -> dict[str, Any]:
     "The parameters of the command line, files first, typed by papermill's own rule."
     found: dict[str, Any] = {}
     for file in files:
@@ -291,11 +273,7 @@ def _resolve(text: str) -> Any:
     return text
 
 
-def _refuse_early(
-    path: Path,  # a notebook
-    values: dict[str, Any],  # its parameters
-    pairs: Iterable[tuple[str, str]] = (),  # those that were typed
-) -> dict[str, Any]:  # as the contract reads them; of a notebook of somebody else as they are
+def _refuse_early(path: Path, values: dict[str, Any], pairs: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
     "Hold the parameters against the contract at once; the engine would, once papermill is imported."
     from project.runs.contract import check, load_contract
     from project.runs.engine import uses_project
@@ -384,11 +362,7 @@ def _first_notebook(args: list[str]) -> str | None:
     return None
 
 
-def _misplaced(
-    args: list[str],  # of a command
-    options: set[str],  # its own
-    notebook: str,  # whose parameters may have been meant
-) -> str:  # how it is said; "" where no parameter was meant
+def _misplaced(args: list[str], options: set[str], notebook: str) -> str:
     "What was meant by `--lr 0.1`, `-lr 0.1`, `lr=0.1` and `-p lr=0.1`."
     from project.runs.contract import load_contract
 
@@ -739,9 +713,7 @@ def models_list(task: str, metric: str, everything: bool, as_json: bool) -> None
         click.echo(f"no versions{f' of {task}' if task else ''} in {registry.url}; `project models add` makes one")
 
 
-def _bundle_path(
-    name: str,  # a bundle's folder, a run's folder or name, or a task ("" or "last": the last run with a bundle)
-) -> Path:  # of the bundle
+def _bundle_path(name: str) -> Path:
     "Which bundle somebody means."
     from project.runs.record import find_run, latest_bundle, list_runs
 
@@ -751,10 +723,7 @@ def _bundle_path(
     return path / "bundle" if (path / "bundle").is_dir() else path
 
 # %% ../nbs/cli/10_cli.ipynb #c0fabd7c
-def _follow(
-    registry: "Registry",  # that was changed
-    *tasks: str,  # where
-) -> None:
+def _follow(registry: "Registry", *tasks: str) -> None:
     "Show in W&B what was changed, where W&B is used; what was done stays done in any case."
     from project.bundle.mirror import follow
 
@@ -934,6 +903,26 @@ def models_compress(bundle: str, out: str | None, anyway: bool) -> None:
     click.echo(f"validation accuracy {accuracy['before']:.4f} before, {accuracy['after']:.4f} after")
     click.echo(f"{faster} times as fast here, by one row and by sixteen, on one thread")
 
+# %% ../nbs/cli/10_cli.ipynb #c118d001
+@models.command("reference")
+@click.argument("bundle", default="last")
+def models_reference(bundle: str) -> None:
+    """Give BUNDLE a reference: a folder, a run, or a task (its last run).
+
+    `project drift` compares with it. It is made of validation rows, as the model sees them, and of what is left of its
+    accuracy when they are spoilt in named ways; the task's data must be here. A version in the registry stays as it is:
+    `project models add BUNDLE` makes a new one.
+    """
+    from project.bundle.manifest import open_bundle
+    from project.bundle.reference import FILE, make_reference, open_reference
+    from project.data.store import open_data
+
+    old = open_bundle(_bundle_path(bundle))
+    new = make_reference(old, open_data(old.task))
+    found, size = open_reference(new), new.manifest["files"][FILE]["bytes"]
+    click.echo(f"{show_path(new.path / FILE)}: {len(found):,} rows, {human_bytes(size)}; accuracy {found.accuracy:.1%}")
+    _table([{"inputs are": n, "accuracy": f"{a:.1%}"} for n, a in {p.name: p.accuracy for p in found.prints}.items()])
+
 # %% ../nbs/cli/10_cli.ipynb #3c6dfd40
 @models.command("lineage")
 @click.argument("task")
@@ -1036,10 +1025,7 @@ def _kernel_errors(file: Path) -> Iterator[None]:
         os.close(terminal)
 
 # %% ../nbs/cli/10_cli.ipynb #dec1de0f
-def _decide(
-    values: dict[str, Any],  # parameters of the notebook
-    pairs: Iterable[tuple[str, str]],  # those that were typed
-) -> Path:  # decision.json, in the folder of its run
+def _decide(values: dict[str, Any], pairs: Iterable[tuple[str, str]]) -> Path:
     "Execute the gate's notebook."
     path, target = root() / "nbs" / "promote.ipynb", root() / "out" / "promote.ipynb"
     values = {name: value for name, value in values.items() if value != ""}
@@ -1191,9 +1177,7 @@ def predictions() -> None:
     "List, export and expire what a service has logged."
 
 
-def _log_options(
-    command: Any,  # a function with these parameters
-) -> Any:  # with the options
+def _log_options(command: Any) -> Any:
     "The options that say which predictions."
     for option in (
         click.option("--until", default=None, metavar="TIME", help="Only before it: a date, a time, or 24h, 7d ago."),
@@ -1253,6 +1237,52 @@ def purge_predictions(days: float, log: str | None, yes: bool) -> None:
     if n and not yes:
         click.confirm(f"Delete {n} of {table.count()} predictions, those older than {days:g} days?", abort=True)
     click.echo(f"{table.purge(days)} predictions deleted")
+
+# %% ../nbs/cli/10_cli.ipynb #c118d003
+def _served_bundle(task: str, folder: str | None) -> Any:
+    "The bundle that a task's predictions are held against: a folder, or the registry's production version."
+    from project.bundle.manifest import open_bundle
+    from project.bundle.registry import Registry
+
+    bundle = open_bundle(_bundle_path(folder)) if folder else Registry().get(task)
+    if bundle.task != task:
+        raise ValueError(f"expected a bundle of {task}, found one of {bundle.task}")
+    return bundle
+
+
+@app.command("drift")
+@click.argument("task")
+@click.option("--rows", default=1000, show_default=True, type=click.IntRange(1, 1_000_000), help="The latest so many.")
+@click.option("--since", default=None, metavar="TIME", help="Only from it on: a date, a time, or 24h, 7d ago.")
+@click.option("--until", default=None, metavar="TIME", help="Only before it: a date, a time, or 24h, 7d ago.")
+@click.option("--log", default=None, metavar="URL", help="File or URL of the log, or its export.  [PROJECT_SERVE_LOG]")
+@click.option("--bundle", default=None, help="A bundle's folder or a run; the production version unless given.")
+@click.option("--html", "page", type=_NewFile(".html"), help="Write a page here.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def drift_of(
+    task: str,
+    rows: int,
+    since: str | None,
+    until: str | None,
+    log: str | None,
+    bundle: str | None,
+    page: Path | None,
+    as_json: bool,
+) -> None:
+    """Say whether TASK's inputs have changed, whether it matters, and what to do.
+
+    The latest predictions are held against the validation rows that the bundle remembers. The exit status is 0 where
+    nothing changed or it does no harm, 3 where it does harm, 4 where the inputs are broken, 5 where there are too few
+    rows, 6 where nobody can tell; 1 after an error.
+    """
+    from project.core import write_text
+    from project.monitor.drift import drift, to_html
+
+    report = drift(_served_bundle(task, bundle), log, rows, since, until)
+    if page:
+        write_text(page, to_html(report))
+    click.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
+    raise SystemExit(report.status)
 
 # %% ../nbs/cli/10_cli.ipynb #510c0002
 @app.group(cls=_Group)
@@ -1620,6 +1650,7 @@ _EXAMPLES |= {
     "models best": ["project models best fashion_mnist"],
     "models retire": ["project models retire fake_titles"],
     "models rollback": ["project models rollback fashion_mnist --reason 'slow on phones'"],
+    "models reference": ["project models reference last", "project models reference runs/8e81/bundle"],
     "models compress": ["project models compress last", "project models compress runs/8e81/bundle --out small"],
     "models lineage": [
         "project models lineage fashion_mnist",
@@ -1632,6 +1663,7 @@ _EXAMPLES |= {
     "promote": ["project promote", "project promote last --yes", "project promote -p slower 3"],
     "serve": ["project serve", "project serve --task fashion_mnist --port 8080 --workers 2"],
     "predict": ["project predict shirt.png", "project predict photos --task fashion_mnist --out answers.csv"],
+    "drift": ["project drift fashion_mnist --rows 500", "project drift fashion_mnist --since 24h --html drift.html"],
     "predictions list": ["project predictions list --since 24h", "project predictions list -n 5 --json"],
     "predictions export": ["project predictions export answers.parquet --since 7d"],
     "predictions purge": ["project predictions purge --days 30 --yes"],

@@ -31,9 +31,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/core/00_core.ipynb #751b5ff7
-def _is_root(
-    folder: Path,  # a folder that may be the top of a checkout
-) -> bool:  # whether its settings.ini names this library
+def _is_root(folder: Path) -> bool:
     "Whether `folder` holds our own settings.ini (and not that of another nbdev project)."
     parser = ConfigParser(delimiters=["="])
     try:
@@ -365,12 +363,12 @@ def environment() -> dict[str, Any]:  # versions and machine, JSON types only
     }
 
 
-def _cores() -> int:  # cores this process may use
+def _cores() -> int:
     "The cores this process may use, which a container can make fewer than the machine has."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpu_name() -> str:  # as the system calls it
+def _cpu_name() -> str:
     "The processor's name; /proc/cpuinfo knows it where Python does not."
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
@@ -378,15 +376,13 @@ def _cpu_name() -> str:  # as the system calls it
     return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/core/00_core.ipynb #d86bc1dc
-def _in_jupyter() -> bool:  # whether somebody looks at this kernel in a browser or an editor
+def _in_jupyter() -> bool:
     "Whether this is a kernel with a front end; papermill's kernels have none."
     main = sys.modules.get("__main__")
     return "ipykernel" in sys.modules and ("JPY_SESSION_NAME" in os.environ or hasattr(main, "__vsc_ipynb_file__"))
 
 
-def _duration(
-    seconds: float,  # a time
-) -> str:  # "42s", "3:05", "1:02:03"
+def _duration(seconds: float) -> str:
     "A time as a clock shows it."
     s = round(seconds)
     if s < 3600:

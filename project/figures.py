@@ -21,12 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../nbs/core/30_figures.ipynb #c1e34355
-def _figure(
-    width: float,  # inches
-    height: float,  # inches
-    alt: str = "",  # what it shows, in words: for who cannot see it, and where there is no picture
-    **kwargs: Any,  # for `subplots`
-) -> tuple["Figure", Any]:  # the figure and its axes
+def _figure(width: float, height: float, alt: str = "", **kwargs: Any) -> tuple["Figure", Any]:
     "A figure that pyplot does not know, small enough to be committed."
     from matplotlib.figure import Figure as Base
 
@@ -277,12 +272,7 @@ class Table:
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&-])")
 
 
-def _marked(
-    text: str,  # anything
-    words: Iterable[str],  # to be emphasised, whatever their case
-    clean: Any,  # how a piece of text is escaped
-    mark: tuple[str, str],  # before and after a word
-) -> str:  # escaped, with marks
+def _marked(text: str, words: Iterable[str], clean: Any, mark: tuple[str, str]) -> str:
     "A text in which some words are emphasised; line ends become spaces."
     alternatives = "|".join(re.escape(w) for w in sorted(set(words), key=lambda w: (-len(w), w)) if w.strip())
     pieces = re.split(rf"(?<!\w)({alternatives})(?!\w)", text, flags=re.I) if alternatives else [text]
@@ -299,12 +289,7 @@ def _plain_markdown(text: str) -> str:
 _HEAD = ("label", "said", "confidence", "words that mattered", "text")
 
 
-def _passage(
-    row: Mapping[str, Any],  # text, label, said, confidence, words
-    cut: int,  # characters of the text to show
-    clean: Any,  # how a piece of text is escaped
-    mark: tuple[str, str],  # before and after a word that mattered
-) -> list[str]:  # cells, escaped
+def _passage(row: Mapping[str, Any], cut: int, clean: Any, mark: tuple[str, str]) -> list[str]:
     "One text as the cells of a table."
     words = [w if isinstance(w, str) else str(w[0]) for w in row.get("words", ())]
     text = row["text"] if len(row["text"]) <= cut else row["text"][:cut].rstrip() + " …"

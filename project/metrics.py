@@ -17,10 +17,7 @@ from typing import Any
 import numpy as np
 
 # %% ../nbs/core/20_metrics.ipynb #5e31d04e
-def _check(
-    probabilities: np.ndarray,  # (N, C)
-    labels: np.ndarray,  # (N,) class indices
-) -> None:
+def _check(probabilities: np.ndarray, labels: np.ndarray) -> None:
     "Refuse what could only give a wrong number."
     if probabilities.ndim != 2 or labels.shape != (len(probabilities),) or not len(labels):
         raise ValueError(
@@ -78,11 +75,7 @@ def confused_pairs(
     ]
 
 # %% ../nbs/core/20_metrics.ipynb #72510f0f
-def _recalls(
-    labels: np.ndarray,  # (N,) class indices
-    predictions: np.ndarray,  # (N,) predicted class indices
-    classes: int,  # how many there are
-) -> np.ndarray:  # of the classes that have a row
+def _recalls(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
     "The share of each class's rows that was recognised."
     matrix = confusion_matrix(labels, predictions, classes)
     there = matrix.sum(1) > 0

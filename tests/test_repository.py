@@ -340,6 +340,22 @@ def test_the_front_page_draws_the_floors_as_they_are():
     assert made.strip() == alt, "run nbs/index.ipynb and `make notebooks`"
 
 
+def private_signatures(path):
+    """The private functions of exported cells whose signatures have a comment: name, and the lines of the signature."""
+    for cell in exported(path):
+        lines = [line for line in cell["source"].split("\n") if not line.startswith(("#|", "%", "!"))]  # as parsed
+        for node in ast.walk(parse(cell["source"])):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and re.match(r"_[^_]", node.name):
+                text = "\n".join(lines[node.lineno - 1 : node.body[0].lineno - 1])
+                if re.search(r"  # (?!type:|noqa)", text):
+                    yield node.name
+
+
+def test_private_helpers_have_plain_signatures():
+    """A parameter a line with its comment is for what is public; a helper's names and types say enough."""
+    assert {book(path): found for path in LIBRARY if (found := list(private_signatures(path)))} == {}
+
+
 # What importing does
 
 FORBIDDEN = {"torch", "lightning", "pytorch_lightning", "transformers", "pandas"}

@@ -82,26 +82,19 @@ _INT8 = {
 }
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300013
-def _weighted(
-    graph: Any,  # an onnx.GraphProto
-) -> list[Any]:  # its nodes
+def _weighted(graph: Any) -> list[Any]:
     "Convolutions and products with fixed 32-bit weights."
     fixed = {t.name for t in graph.initializer if t.data_type == 1}  # 1: float
     return [n for n in graph.node if n.op_type in _WEIGHTED and not n.domain and n.input[1] in fixed]
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300014
-def _links(
-    graph: Any,  # an onnx.GraphProto
-) -> tuple[dict[str, Any], Counter[str]]:  # what makes each value, and how often each is used
+def _links(graph: Any) -> tuple[dict[str, Any], Counter[str]]:
     "How values hang together."
     made = {o: n for n in graph.node for o in n.output}
     return made, Counter([*(i for n in graph.node for i in n.input), *(o.name for o in graph.output)])
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300016
-def _keeps_order(
-    node: Any,  # an onnx.NodeProto
-    fixed: Mapping[str, Any],  # initializers by name
-) -> bool:
+def _keeps_order(node: Any, fixed: Mapping[str, Any]) -> bool:
     "Whether larger stays larger."
     from onnx import numpy_helper
 
@@ -110,9 +103,7 @@ def _keeps_order(
     return node.op_type == "Relu"
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300017
-def _before_pooling(
-    model: Any,  # an onnx.ModelProto, which is changed
-) -> int:  # how many were moved
+def _before_pooling(model: Any) -> int:
     "Move ReLUs and batch normalisations before the max pooling they stand behind."
     graph, fixed, moved = model.graph, {t.name: t for t in model.graph.initializer}, 0
     made, uses = _links(graph)
@@ -132,9 +123,7 @@ def _before_pooling(
     return moved
 
 # %% ../../nbs/bundle/30_compress.ipynb #c530001a
-def _folded(
-    model: Any,  # an onnx.ModelProto
-) -> Any:  # the same model, with constants worked out and normalisations in the weights
+def _folded(model: Any) -> Any:
     "Let onnxruntime simplify a graph, with standard operators only."
     import onnx
     import onnxruntime
@@ -154,9 +143,7 @@ def _folded(
     return found
 
 # %% ../../nbs/bundle/30_compress.ipynb #c530001c
-def _merge_constants(
-    graph: Any,  # an onnx.GraphProto, which is changed
-) -> None:
+def _merge_constants(graph: Any) -> None:
     "Keep one of each constant: an image and its mirror image go through the same weights."
     first: dict[bytes, str] = {}
     names, kept = {}, []
@@ -173,10 +160,7 @@ def _merge_constants(
     graph.initializer.extend(kept)
 
 # %% ../../nbs/bundle/30_compress.ipynb #c530001f
-def _guarded(
-    node: Any,  # an onnx.NodeProto
-    made: Mapping[str, Any],  # what makes each value
-) -> str:  # the value that is passed on where it is not NaN; empty where this is no guard of a softmax
+def _guarded(node: Any, made: Mapping[str, Any]) -> str:
     "What a guard guards."
     asks = made.get(node.input[0]) if node.op_type == "Where" else None
     if asks is None or asks.op_type != "IsNaN" or asks.input[0] != node.input[2]:
@@ -184,9 +168,7 @@ def _guarded(
     return asks.input[0] if asks.input[0] in made and made[asks.input[0]].op_type == "Softmax" else ""
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300020
-def _without_guard(
-    model: Any,  # an onnx.ModelProto, which is changed
-) -> int:  # how many there were
+def _without_guard(model: Any) -> int:
     "Take out what makes 0 of the NaN that a softmax never gives."
     graph, (made, _) = model.graph, _links(model.graph)
     outside = {o.name for o in graph.output}
@@ -202,9 +184,7 @@ def _without_guard(
 _TABLE = 1 << 16  # numbers; a smaller table is not worth it
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300023
-def _small_tables(
-    model: Any,  # an onnx.ModelProto, which is changed
-) -> int:  # how many there were
+def _small_tables(model: Any) -> int:
     "Keep the rows of large tables in 8 bits, each with a scale of its own."
     from onnx import helper, numpy_helper
 
@@ -230,11 +210,7 @@ def _small_tables(
     return made
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300024
-def _codes(
-    weights: np.ndarray,  # any shape, float32
-    axis: int,  # each place along it has a scale of its own
-    most: int,  # the largest code
-) -> tuple[np.ndarray, np.ndarray]:  # codes as int8, and the scale of each
+def _codes(weights: np.ndarray, axis: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     "Whole numbers from -most to most that times their scale are nearly the weights."
     others = tuple(k for k in range(weights.ndim) if k != axis)
     scale = (np.abs(weights).max(others, initial=0) / most).astype(np.float32)
@@ -243,19 +219,14 @@ def _codes(
     return np.clip(np.round(weights / scale.reshape(shape)), -most, most).astype(np.int8), scale
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300025
-def _constants(
-    arrays: Mapping[str, Any],  # name -> numbers
-) -> list[Any]:  # of onnx.TensorProto
+def _constants(arrays: Mapping[str, Any]) -> list[Any]:
     "Arrays as parts of a graph."
     from onnx import numpy_helper
 
     return [numpy_helper.from_array(np.asarray(a), name) for name, a in arrays.items()]
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300026
-def _set_nodes(
-    graph: Any,  # an onnx.GraphProto, which is changed
-    nodes: Sequence[Any],  # in order; some may be the graph's own
-) -> None:
+def _set_nodes(graph: Any, nodes: Sequence[Any]) -> None:
     "Give a graph other nodes, and take out constants that none of them uses."
     copied = [type(n).FromString(n.SerializeToString()) for n in nodes]
     used = {i for n in copied for i in n.input} | {o.name for o in graph.output}
@@ -269,10 +240,7 @@ _SAME = {"MaxPool"}  # neither scales nor shifts
 _BETWEEN = _SAME | {"Add", "AveragePool", "GlobalAveragePool"}
 
 # %% ../../nbs/bundle/30_compress.ipynb #c530002a
-def _places(
-    graph: Any,  # an onnx.GraphProto
-    chain: bool,  # whether convolutions hand on 8 bits
-) -> list[str]:  # names of values
+def _places(graph: Any, chain: bool) -> list[str]:
     "Which values become 8 bits."
     weighted, (_, uses) = _weighted(graph), _links(graph)
     found = dict.fromkeys(n.input[0] for n in weighted)
@@ -289,11 +257,7 @@ def _places(
     return [value for value in found if value not in outside]
 
 # %% ../../nbs/bundle/30_compress.ipynb #c530002b
-def _ranges(
-    model: Any,  # an onnx.ModelProto
-    feeds: Iterable[np.ndarray],  # batches of inputs
-    values: Sequence[str],  # names of values
-) -> dict[str, tuple[float, float]]:  # the smallest and the largest number of each, and 0 between them
+def _ranges(model: Any, feeds: Iterable[np.ndarray], values: Sequence[str]) -> dict[str, tuple[float, float]]:
     "What values hold while the model answers."
     import onnxruntime
     from onnx import helper
@@ -355,10 +319,7 @@ class _Writer:
         return helper.make_node("DequantizeLinear", list(parts), [f"{name}.rounded"], axis=axis)
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300031
-def _compressed(
-    writer: _Writer,
-    node: Any,  # a convolution or a product, which is changed
-) -> list[Any]:  # what makes its weights
+def _compressed(writer: _Writer, node: Any) -> list[Any]:
     "Let a node read 8 bits."
     from onnx import numpy_helper
 
@@ -377,11 +338,7 @@ def _compressed(
     return new
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300032
-def _with_rounding(
-    model: Any,  # an onnx.ModelProto, which is changed
-    ranges: Mapping[str, tuple[float, float]],  # of the values that become 8 bits
-    chain: bool,  # whether everybody reads what was rounded, or products alone
-) -> Any:  # the same
+def _with_rounding(model: Any, ranges: Mapping[str, tuple[float, float]], chain: bool) -> Any:
     "A graph in 8 bits."
     graph, writer = model.graph, _Writer(model.graph, ranges)
     weighted = {n.output[0] for n in _weighted(graph) if n.input[0] in ranges}
@@ -423,11 +380,7 @@ def int8_graph(
     return new, dict(+kinds)
 
 # %% ../../nbs/bundle/30_compress.ipynb #c530003a
-def _check_data(
-    bundle: Bundle,  # to be compressed
-    data: "Data",  # rows of its task
-    other_data: bool,  # whether other data than it was trained on will do
-) -> None:
+def _check_data(bundle: Bundle, data: "Data", other_data: bool) -> None:
     "Refuse rows that this model was not made for, or may have learned."
     for what, ours, theirs in (
         ("task", bundle.task, data.task),
@@ -446,21 +399,13 @@ def _check_data(
         raise CompressError(f"data: expected rows to calibrate with and to measure on, found no {', '.join(missing)}")
 
 # %% ../../nbs/bundle/30_compress.ipynb #c530003b
-def _rows(
-    data: "Data",
-    rows: np.ndarray,  # row numbers
-) -> Any:  # an array of images, or a list of strings
+def _rows(data: "Data", rows: np.ndarray) -> Any:
     "Inputs as a bundle takes them."
     found = data.inputs[rows]
     return found.joined() if callable(getattr(found, "joined", None)) else np.ascontiguousarray(found)
 
 # %% ../../nbs/bundle/30_compress.ipynb #c530003c
-def _calibration(
-    bundle: Bundle,  # an open bundle
-    data: "Data",
-    most: int,  # rows
-    seed: int,  # which they are
-) -> tuple[list[np.ndarray], dict[str, Any]]:  # batches for `int8_graph`, and what the manifest says of them
+def _calibration(bundle: Bundle, data: "Data", most: int, seed: int) -> tuple[list[np.ndarray], dict[str, Any]]:
     "Rows of the training split."
     rows = data.splits["train"]
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
@@ -475,11 +420,7 @@ def _calibration(
     return [batch for _, batch in found], facts
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300040
-def _ask(
-    bundles: Sequence[Bundle],  # open bundles
-    inputs: Any,  # images or a list of strings
-    what: str,  # for the progress display
-) -> list[np.ndarray]:  # (N, C) probabilities of each
+def _ask(bundles: Sequence[Bundle], inputs: Any, what: str) -> list[np.ndarray]:
     "Let models answer the same rows."
     sessions = [onnx_session(b) for b in bundles]
     readers = [bundle_tokenizer(b) if b.kind == "text" else None for b in bundles]
@@ -492,21 +433,14 @@ def _ask(
     return [np.concatenate(p) for p in parts]
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300041
-def _beside(
-    bundle: Bundle,  # an open bundle
-    inputs: Any,  # images or a list of strings
-) -> float:  # the largest difference of a probability
+def _beside(bundle: Bundle, inputs: Any) -> float:
     "How much an answer depends on the rows beside it."
     session, some = onnx_session(bundle, 1), inputs[:32]
     alone, together = (run_bundle(bundle, some, size, session)[0] for size in (1, 32))
     return float(np.abs(alone - together).max())
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300042
-def _speed(
-    bundles: Sequence[Bundle],  # before and after
-    inputs: Any,  # images or a list of strings
-    seconds: float,  # to spend on each size of batch
-) -> dict[str, Any]:  # milliseconds of each, and how many times faster; JSON types
+def _speed(bundles: Sequence[Bundle], inputs: Any, seconds: float) -> dict[str, Any]:
     "How long a batch takes, in turns, on one thread."
     sessions = [onnx_session(b, threads=1) for b in bundles]
     readers = [bundle_tokenizer(b) if b.kind == "text" else None for b in bundles]
@@ -532,11 +466,7 @@ _LEFT = {"model.onnx", "weights.safetensors"}  # what is made anew, and what is 
 _LEAST = 100  # held-out rows; fewer say nothing
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300045
-def _write_model(
-    bundle: Bundle,  # in 32 bits
-    folder: Path,  # the new bundle's
-    batches: Sequence[np.ndarray],  # for the ranges
-) -> dict[str, int]:  # how many nodes of each kind became 8 bits
+def _write_model(bundle: Bundle, folder: Path, batches: Sequence[np.ndarray]) -> dict[str, int]:
     "Everything but the manifest."
     try:
         import onnx
@@ -555,10 +485,7 @@ def _write_model(
     return kinds
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300046
-def _fields(
-    bundle: Bundle,  # in 32 bits
-    facts: Mapping[str, Any],  # what was done
-) -> dict[str, Any]:  # of the new manifest
+def _fields(bundle: Bundle, facts: Mapping[str, Any]) -> dict[str, Any]:
     "What the new manifest says; run, commit and data stay those of the training."
     own = ("format", "files", "created", "parity", "metrics", "measured", "speed")  # measured of the parent
     kept = {k: v for k, v in bundle.manifest.items() if k not in own}
@@ -569,10 +496,7 @@ def _fields(
     return kept | {"metrics": trained, "compression": told}
 
 # %% ../../nbs/bundle/30_compress.ipynb #c5300048
-def _refuse_worse(
-    found: Mapping[str, Any],  # from `agreement`
-    anyway: bool,  # whether a worse one will do
-) -> None:
+def _refuse_worse(found: Mapping[str, Any], anyway: bool) -> None:
     "Refuse a model that has lost more than is allowed and more than chance explains."
     if found["holds"] or anyway:
         return
@@ -588,12 +512,7 @@ def _refuse_worse(
 _MATES = 0.01  # largest difference of a probability that the rows beside a row may make
 
 # %% ../../nbs/bundle/30_compress.ipynb #c530004a
-def _measured(
-    bundles: Sequence[Bundle],  # before and after
-    data: "Data",
-    loss: float,  # accuracy that may be lost
-    anyway: bool,  # whether a worse one will do
-) -> dict[str, Any]:  # for the manifest
+def _measured(bundles: Sequence[Bundle], data: "Data", loss: float, anyway: bool) -> dict[str, Any]:
     "Hold the new model against the old one on rows that neither saw."
     inputs, labels = _rows(data, data.splits["val"]), data.labels[data.splits["val"]]
     if len(labels) < _LEAST:
@@ -609,10 +528,7 @@ def _measured(
     return {"split": "val", **found, "largest_difference_by_other_rows": beside}
 
 # %% ../../nbs/bundle/30_compress.ipynb #c530004b
-def _own_metrics(
-    bundle: Bundle,  # the new one
-    data: "Data",
-) -> dict[str, float]:  # named as a training names them
+def _own_metrics(bundle: Bundle, data: "Data") -> dict[str, float]:
     "What the new model reaches on the test rows and on those of another origin; decided is before."
     if "test" not in data.splits:
         return {}

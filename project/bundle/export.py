@@ -72,9 +72,7 @@ class _Served(nn.Module):
         return p, e
 
 
-def _as_taken(
-    inputs: Tensor,  # images (B, H, W) or (B, H, W, C), or ids (B, L)
-) -> Tensor:  # images (B, C, H, W), or ids (B, L)
+def _as_taken(inputs: Tensor) -> Tensor:
     "The layout networks take, from the layout inputs lie in."
     if inputs.ndim == 2:
         return inputs
@@ -147,13 +145,7 @@ class _Ids:
 _Rows = _Images | _Ids
 
 # %% ../../nbs/bundle/20_export.ipynb #d66ef737
-def _check_request(
-    net: nn.Module,  # the network
-    classes: list[str],  # class names
-    kind: str,  # "image" or "text"
-    tta: str,  # "none" or "flip"
-    temperature: float,  # what logits are divided by
-) -> None:
+def _check_request(net: nn.Module, classes: list[str], kind: str, tta: str, temperature: float) -> None:
     "Refuse what cannot become a bundle, each with what was expected and what to do."
     if len(set(classes)) < len(classes) or len(classes) < 2:
         raise ExportError(
@@ -174,9 +166,7 @@ def _check_request(
         )
 
 # %% ../../nbs/bundle/20_export.ipynb #81ff44d0
-def _given_images(
-    images: Any,  # real images
-) -> _Images:  # as the comparison takes them
+def _given_images(images: Any) -> _Images:
     "Refuse what are no raw images."
     dtype, shape = getattr(images, "dtype", type(images).__name__), tuple(getattr(images, "shape", ()))
     if str(dtype) != "uint8" or len(shape) not in (3, 4) or not len(images):
@@ -187,12 +177,7 @@ def _given_images(
     return _Images(images)
 
 # %% ../../nbs/bundle/20_export.ipynb #621fa7dd
-def _given_ids(
-    tokens: Any,  # rows of ids: `Tokens`, or a list of arrays
-    tokenizer: Any,  # what made them
-    max_length: int,  # ids of a row, at most
-    fields: Sequence[str],  # the fields a text was made of
-) -> _Ids:  # as the comparison takes them
+def _given_ids(tokens: Any, tokenizer: Any, max_length: int, fields: Sequence[str]) -> _Ids:
     "Refuse rows of ids that this tokenizer cannot have made."
     if not callable(getattr(tokenizer, "to_str", None)):
         raise ExportError(
@@ -215,9 +200,7 @@ def _given_ids(
     return _Ids(rows, max_length, vocabulary, tuple(fields))
 
 # %% ../../nbs/bundle/20_export.ipynb #9618beee
-def _frozen_copy(
-    net: nn.Module,  # the network, on any device, in any mode
-) -> nn.Module:  # a copy on the CPU, 32-bit, in evaluation mode
+def _frozen_copy(net: nn.Module) -> nn.Module:
     "The network as it is exported; the given one goes on training undisturbed."
     plain = getattr(net, "_orig_mod", net)  # torch.compile wraps the network in another
     return copy.deepcopy(plain).cpu().float().eval().requires_grad_(False)
@@ -225,12 +208,8 @@ def _frozen_copy(
 
 @torch.no_grad()
 def _torch_answers(
-    net: nn.Module,  # the frozen copy
-    inputs: _Rows,  # real rows
-    tta: str,  # "none" or "flip"
-    temperature: float,  # what logits are divided by
-    batch_size: int,  # rows at a time
-) -> tuple[np.ndarray, np.ndarray]:  # probabilities and embeddings
+    net: nn.Module, inputs: _Rows, tta: str, temperature: float, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     "What the exported model has to answer."
     order, answers, everything = [], [], np.arange(len(inputs.rows))
     for which, batch in inputs.batches(batch_size):
@@ -261,9 +240,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _strip(
-    message: Any,  # any part of an ONNX model
-) -> None:
+def _strip(message: Any) -> None:
     "Take out what the exporter notes for debugging: stack traces with this machine's paths, and texts."
     for descriptor, value in message.ListFields():
         if descriptor.name in ("metadata_props", "doc_string"):
@@ -273,9 +250,7 @@ def _strip(
                 _strip(part)
 
 # %% ../../nbs/bundle/20_export.ipynb #ca28e961
-def _clear_names(
-    graph: Any,  # an onnx_ir.Graph
-) -> None:
+def _clear_names(graph: Any) -> None:
     "Rename values inside a graph that have the name of an input or an output."
     outside = {id(value) for value in (*graph.inputs, *graph.outputs)}
     taken = {value.name for value in (*graph.inputs, *graph.outputs)}
@@ -285,11 +260,7 @@ def _clear_names(
                 value.name = f"{value.name}.inside"
 
 # %% ../../nbs/bundle/20_export.ipynb #786d9651
-def _to_onnx(
-    served: _Served,  # the network, wrapped
-    inputs: _Rows,  # real rows
-    properties: dict[str, str],  # what goes into the file beside the graph
-) -> Any:  # an onnx.ModelProto, complete in itself
+def _to_onnx(served: _Served, inputs: _Rows, properties: dict[str, str]) -> Any:
     "Export with a batch of any size, and for texts of any length."
     import onnx
 
@@ -322,12 +293,7 @@ def _to_onnx(
 _TIE = 1e-6
 
 
-def _differences(
-    expected: np.ndarray,  # (N, K) torch's probabilities
-    found: np.ndarray,  # (N, K) onnxruntime's
-    tolerance: float,  # largest difference allowed
-    what: str,  # for the message
-) -> tuple[float, int]:  # the largest difference, and the number of ties
+def _differences(expected: np.ndarray, found: np.ndarray, tolerance: float, what: str) -> tuple[float, int]:
     "Hold one set of probabilities against another, and say where they are furthest apart."
     apart = np.abs(expected - found).max(1)
     worst = int(np.argmax(np.where(np.isfinite(apart), apart, np.inf)))
@@ -349,20 +315,12 @@ def _differences(
 _Answers = tuple[np.ndarray, np.ndarray]  # probabilities and embeddings
 
 
-def _apart(
-    expected: np.ndarray,  # embeddings
-    found: np.ndarray,  # the same, from elsewhere
-    scale: float,  # the largest number in any
-) -> float:  # in parts of `scale`
+def _apart(expected: np.ndarray, found: np.ndarray, scale: float) -> float:
     "How far embeddings are apart."
     return float(np.abs(expected - found).max()) / (scale or 1.0)
 
 
-def _padding(
-    answer: Callable[[_Ids], _Answers],  # torch, or the exported model
-    inputs: _Ids,  # real rows
-    who: str,  # for the message
-) -> float:  # by how much a longer row changed a probability
+def _padding(answer: Callable[[_Ids], _Answers], inputs: _Ids, who: str) -> float:
     "Refuse a model whose answer to a row changes when a longer one stands beside it."
     longest = max(inputs.rows, key=len)
     mate, largest = np.resize(longest, min(2 * len(longest), inputs.max_length)), 0.0
@@ -381,13 +339,8 @@ def _padding(
 
 # %% ../../nbs/bundle/20_export.ipynb #ef8cc60b
 def _compare(
-    answer: Callable[[_Rows, int], _Answers],  # the exported model, in batches of some size
-    inputs: _Rows,  # real rows
-    expected: _Answers,  # what torch answers to them
-    size: int,  # rows in a batch
-    tolerance: float,  # largest difference of a probability
-    what: str,  # for the message
-) -> tuple[float, int]:  # the largest difference of a probability, and the number of ties
+    answer: Callable[[_Rows, int], _Answers], inputs: _Rows, expected: _Answers, size: int, tolerance: float, what: str
+) -> tuple[float, int]:
     "Run some rows as a service would, and compare with torch."
     try:
         probabilities, embedding = answer(inputs, size)
@@ -403,12 +356,8 @@ def _compare(
 
 # %% ../../nbs/bundle/20_export.ipynb #559a8090
 def _parity(
-    bundle: Bundle,  # the new bundle, still under its temporary name
-    inputs: _Rows,  # real rows
-    expected: dict[str, _Answers],  # what torch answers to them ("") and to their edges
-    tolerance: float,  # largest difference of a probability
-    batch_size: int,  # rows at a time
-) -> dict[str, Any]:  # what was compared, for the manifest
+    bundle: Bundle, inputs: _Rows, expected: dict[str, _Answers], tolerance: float, batch_size: int
+) -> dict[str, Any]:
     "Run the bundle as a service would, in batches of several sizes, and compare with torch."
     session, n = onnx_session(bundle), len(inputs.rows)
 
@@ -430,12 +379,7 @@ def _parity(
     return facts | {"largest_difference": max(apart for apart, _ in found)}
 
 # %% ../../nbs/bundle/20_export.ipynb #bf4f39df
-def _specification(
-    net: nn.Module,  # the frozen copy
-    inputs: _Rows,  # real rows
-    expected: _Answers,  # what torch answers to them
-    classes: list[str],  # class names
-) -> dict[str, Any]:  # the manifest's fields on input, outputs and size
+def _specification(net: nn.Module, inputs: _Rows, expected: _Answers, classes: list[str]) -> dict[str, Any]:
     "What goes in and what comes out; the answers' width must be the number of class names."
     n, shapes = len(inputs.rows), [answer.shape for answer in expected]
     if any(len(shape) != 2 or shape[0] != n for shape in shapes):
@@ -458,12 +402,7 @@ def _specification(
     }
 
 # %% ../../nbs/bundle/20_export.ipynb #bc512394
-def _write_files(
-    served: _Served,  # the network, wrapped
-    folder: Path,  # where to
-    inputs: _Rows,  # real rows
-    fields: dict[str, Any],  # the manifest so far
-) -> None:
+def _write_files(served: _Served, folder: Path, inputs: _Rows, fields: dict[str, Any]) -> None:
     "model.onnx and weights.safetensors."
     from safetensors.torch import save_file
 
@@ -481,10 +420,7 @@ def _write_files(
     save_file(state, folder / "weights.safetensors", {"format": "pt"})
 
 # %% ../../nbs/bundle/20_export.ipynb #b7ea14ed
-def _take_along(
-    files: Iterable[str | Path],  # files for the bundle
-    folder: Path,  # the new bundle's folder, still empty
-) -> None:
+def _take_along(files: Iterable[str | Path], folder: Path) -> None:
     "Copy the files that come along, under their own names."
     for file in map(Path, files):
         _check_name(file.name, show_path(file))
@@ -500,10 +436,7 @@ def _take_along(
         shutil.copyfile(file, folder / file.name)
 
 # %% ../../nbs/bundle/20_export.ipynb #902cea11
-def _write_tokenizer(
-    tokenizer: Any,  # a tokenizers.Tokenizer
-    folder: Path,  # the new bundle's folder
-) -> None:
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     "tokenizer.json, without the cutting and padding that training may have set: a bundle sets its own."
     plain = type(tokenizer).from_str(tokenizer.to_str())
     plain.no_truncation()
@@ -511,13 +444,7 @@ def _write_tokenizer(
     (folder / "tokenizer.json").write_text(plain.to_str(), encoding="utf-8")
 
 # %% ../../nbs/bundle/20_export.ipynb #e07c7efd
-def _expected(
-    net: nn.Module,  # the frozen copy
-    inputs: _Rows,  # real rows
-    tta: str,  # "none" or "flip"
-    temperature: float,  # what logits are divided by
-    batch_size: int,  # rows at a time
-) -> dict[str, _Answers]:  # "" for the rows themselves, and their edges
+def _expected(net: nn.Module, inputs: _Rows, tta: str, temperature: float, batch_size: int) -> dict[str, _Answers]:
     "All that the exported model will be compared with; a network that fails on a row is refused here."
     answer, what = partial(_torch_answers, net, tta=tta, temperature=temperature, batch_size=batch_size), ""
     found = {}

@@ -107,10 +107,7 @@ def card_problems(
         return [f"its notebook cannot be checked: {e}"], []
 
 # %% ../../nbs/bundle/60_gate.ipynb #c2dadde6
-def _receipt_notes(
-    bundle: Bundle,  # any bundle
-    receipt: Mapping[str, Any],  # of its notebook
-) -> list[str]:  # what a person should know
+def _receipt_notes(bundle: Bundle, receipt: Mapping[str, Any]) -> list[str]:
     "What does not speak against a bundle, and is worth a word."
     found = []
     if bundle.parent:
@@ -211,11 +208,7 @@ def paired_interval(
     return float(low), float(high)
 
 # %% ../../nbs/bundle/60_gate.ipynb #7b1d2e64
-def _gaps(
-    probabilities: np.ndarray,  # (N, C)
-    labels: np.ndarray,  # (N,)
-    bins: int,  # of equal width
-) -> tuple[np.ndarray, np.ndarray]:  # the bin of each row, and right (1 or 0) minus confidence
+def _gaps(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
     "What the calibration error is made of."
     confidence = probabilities.max(1).astype(np.float64)
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
@@ -286,11 +279,7 @@ def served_bytes(
     return sum(files[name]["bytes"] for name in ("model.onnx", "tokenizer.json") if name in files)
 
 # %% ../../nbs/bundle/60_gate.ipynb #1f63aec4
-def _answer(
-    bundle: Bundle,  # an open bundle
-    inputs: Any,  # images, or a list of texts
-    batch_size: int,  # rows at a time
-) -> np.ndarray:  # (N, C) probabilities
+def _answer(bundle: Bundle, inputs: Any, batch_size: int) -> np.ndarray:
     "Ask a model; answers that are no probabilities are refused."
     p = run_bundle(bundle, inputs, batch_size)[0]
     if not np.isfinite(p).all():
@@ -301,11 +290,7 @@ def _answer(
     return p.clip(0, 1)
 
 
-def _ask(
-    bundles: Sequence[Bundle],  # the challenger, and the champion if there is one
-    inputs: Any,  # images, or a list of texts
-    batch_size: int,  # rows at a time
-) -> list[np.ndarray]:  # (N, C) probabilities of each
+def _ask(bundles: Sequence[Bundle], inputs: Any, batch_size: int) -> list[np.ndarray]:
     "Ask both. That a challenger cannot answer is its fault; of a champion it is somebody's trouble."
     first = _answer(bundles[0], inputs, batch_size)
     try:
@@ -315,11 +300,8 @@ def _ask(
 
 # %% ../../nbs/bundle/60_gate.ipynb #0c5e1d39
 def _slice_rows(
-    by: str,  # what is cut by
-    groups: Sequence[Any],  # the slice of each row
-    sides: Sequence[np.ndarray],  # (N, C) probabilities of the challenger, and of the champion if there is one
-    labels: np.ndarray,  # (N,)
-) -> list[dict[str, Any]]:  # a row a slice
+    by: str, groups: Sequence[Any], sides: Sequence[np.ndarray], labels: np.ndarray
+) -> list[dict[str, Any]]:
     "Both models slice by slice."
     names, rows = np.asarray(groups), []
     tables = [{r["slice"]: r for r in by_slice(p, labels, list(groups))} for p in sides]
@@ -335,23 +317,19 @@ def _slice_rows(
     return rows
 
 # %% ../../nbs/bundle/60_gate.ipynb #bdf02b5e
-def _known_slices(
-    inputs: Any,  # images, or a list of texts
-    labels: np.ndarray,  # (N,)
-    classes: Sequence[str],  # names
-) -> dict[str, Sequence[Any]]:  # what is cut by -> the slice of each row
+def _known_slices(inputs: Any, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Sequence[Any]]:
     "What is known of a row without a model."
     own = image_slices(inputs) if isinstance(inputs, np.ndarray) else text_slices(inputs)
     return {"class": np.asarray(classes)[labels], **own}
 
 
 def _all_slices(
-    inputs: Any,  # images, or a list of texts
-    labels: np.ndarray,  # (N,)
-    sides: Sequence[np.ndarray],  # probabilities
-    classes: Sequence[str],  # names
-    origins: Mapping[str, tuple[Sequence[np.ndarray], np.ndarray]],  # set -> probabilities of each side, labels
-) -> list[dict[str, Any]]:  # each with its p-value, corrected for their number
+    inputs: Any,
+    labels: np.ndarray,
+    sides: Sequence[np.ndarray],
+    classes: Sequence[str],
+    origins: Mapping[str, tuple[Sequence[np.ndarray], np.ndarray]],
+) -> list[dict[str, Any]]:
     "Every slice, and every labelled set of another origin."
     rows = [r for by, g in _known_slices(inputs, labels, classes).items() for r in _slice_rows(by, g, sides, labels)]
     for name, (theirs, y) in origins.items():
@@ -363,11 +341,7 @@ def _all_slices(
     return rows
 
 # %% ../../nbs/bundle/60_gate.ipynb #146c7ffa
-def _paired(
-    sides: Sequence[np.ndarray],  # probabilities of the challenger and of the champion
-    labels: np.ndarray,  # (N,)
-    alpha: float,  # of the interval
-) -> dict[str, Any]:  # counts, p-value, the differences and their intervals
+def _paired(sides: Sequence[np.ndarray], labels: np.ndarray, alpha: float) -> dict[str, Any]:
     "The two models row by row."
     a, b = (p.argmax(1) == labels for p in sides)
     gone = [-np.log(np.clip(p[np.arange(len(labels)), labels].astype(np.float64), 1e-7, 1)) for p in sides]
@@ -391,13 +365,7 @@ def _paired(
     }
 
 # %% ../../nbs/bundle/60_gate.ipynb #7fbdd97c
-def _checked(
-    bundle: Bundle,  # an open bundle
-    inputs: Any,  # images, or texts in any form
-    labels: Any,  # (N,)
-    known: bool,  # whether every row must be of one of the classes
-    name: str,  # of the set
-) -> tuple[Any, np.ndarray]:  # images or a list of texts, and labels
+def _checked(bundle: Bundle, inputs: Any, labels: Any, known: bool, name: str) -> tuple[Any, np.ndarray]:
     "Rows that can be asked about."
     y = np.asarray(labels)
     if y.ndim != 1 or y.dtype.kind not in "iu" or not len(y) or len(inputs) != len(y):
@@ -411,14 +379,14 @@ def _checked(
 
 # %% ../../nbs/bundle/60_gate.ipynb #839be4f2
 def _measure(
-    bundles: Sequence[Bundle],  # the challenger, and the champion if there is one
-    inputs: Any,  # images, or a list of texts
-    labels: np.ndarray,  # (N,)
-    sets: Mapping[str, tuple[Any, Any]],  # of another origin
+    bundles: Sequence[Bundle],
+    inputs: Any,
+    labels: np.ndarray,
+    sets: Mapping[str, tuple[Any, Any]],
     rules: Rules,
-    batch_size: int,  # rows at a time
-    calls: int,  # rows to time
-) -> dict[str, Any]:  # JSON types
+    batch_size: int,
+    calls: int,
+) -> dict[str, Any]:
     "Everything that is measured."
     sides = _ask(bundles, inputs, batch_size)
     ready = {name: _checked(bundles[0], x, y, False, name) for name, (x, y) in sets.items()}
@@ -467,10 +435,7 @@ def _times(x: float, more: str, less: str) -> str:
     return "the same" if 0.995 < x < 1.005 else f"{x:.2f} times {more}" if x > 1 else f"{1 / x:.2f} times {less}"
 
 # %% ../../nbs/bundle/60_gate.ipynb #e8b1de2f
-def _check_accuracy(
-    found: Mapping[str, Any],  # from `_measure`
-    rules: Rules,
-) -> tuple[list[dict[str, str]], bool]:  # checks, and whether it counts as good as the champion
+def _check_accuracy(found: Mapping[str, Any], rules: Rules) -> tuple[list[dict[str, str]], bool]:
     "Is it better?"
     score, n = found["scores"]["challenger"], found["scores"]["challenger"]["n"]
     want = f"{n} say too little; at least {rules.min_rows} are needed"
@@ -487,10 +452,7 @@ def _check_accuracy(
     return [*few, _check("accuracy", state, f"{word}: {said}; {rest}")], good
 
 # %% ../../nbs/bundle/60_gate.ipynb #f1ffe433
-def _paired_state(
-    paired: Mapping[str, Any],  # from `_paired`
-    rules: Rules,
-) -> tuple[str, str, bool]:  # state, in words, and whether it counts as good as the champion
+def _paired_state(paired: Mapping[str, Any], rules: Rules) -> tuple[str, str, bool]:
     "What the paired test comes to."
     sure, good = paired["p"] < rules.alpha, paired["low"] >= -rules.worse
     if sure and paired["difference"] < 0:
@@ -501,10 +463,7 @@ def _paired_state(
     return ("fine", within, True) if good else ("keep", f"not shown to be {within}", False)
 
 # %% ../../nbs/bundle/60_gate.ipynb #bb65631c
-def _check_slices(
-    found: Mapping[str, Any],  # from `_measure`
-    rules: Rules,
-) -> dict[str, str]:
+def _check_slices(found: Mapping[str, Any], rules: Rules) -> dict[str, str]:
     "Is it worse anywhere?"
     rows = found["slices"]
     if blind := _unseen(rows):
@@ -530,10 +489,7 @@ def _unseen(rows: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"class {r['slice']}, {r['challenger']['acc']:.2%} of {r['n']:,}" for r in low)
 
 # %% ../../nbs/bundle/60_gate.ipynb #caa4e138
-def _check_calibration(
-    found: Mapping[str, Any],  # from `_measure`
-    rules: Rules,
-) -> dict[str, str]:
+def _check_calibration(found: Mapping[str, Any], rules: Rules) -> dict[str, str]:
     "Is it as sure as it is right?"
     says = f"error {found['scores']['challenger']['ece']:.4f}"
     if found["paired"] is None:
@@ -544,11 +500,7 @@ def _check_calibration(
     return _check("calibration", "refuse" if bad else "fine", ("worse: " if bad else "") + says)
 
 # %% ../../nbs/bundle/60_gate.ipynb #b1a7465b
-def _check_latency(
-    found: Mapping[str, Any],  # from `_measure`
-    rules: Rules,
-    good: bool,  # whether it counts as good as the champion
-) -> dict[str, str]:
+def _check_latency(found: Mapping[str, Any], rules: Rules, good: bool) -> dict[str, str]:
     "Is it fast enough?"
     times = found["latency"]
     new, old, ratio = times["challenger"], times["champion"], times.get("ratio")
@@ -565,11 +517,7 @@ def _check_latency(
     return _check("latency", "promote" if faster else "fine", says)
 
 # %% ../../nbs/bundle/60_gate.ipynb #f629db2d
-def _check_size(
-    found: Mapping[str, Any],  # from `_measure`
-    rules: Rules,
-    good: bool,  # whether it counts as good as the champion
-) -> dict[str, str]:
+def _check_size(found: Mapping[str, Any], rules: Rules, good: bool) -> dict[str, str]:
     "Is it small enough?"
     new, old = found["size"]["challenger"], found["size"]["champion"]
     says = human_bytes(new)
@@ -584,9 +532,7 @@ def _check_size(
     return _check("size", "promote" if good and ratio < 1 / rules.gain else "fine", says)
 
 # %% ../../nbs/bundle/60_gate.ipynb #1a8e1fcf
-def _check_origins(
-    found: Mapping[str, Any],  # from `_measure`
-) -> list[dict[str, str]]:  # one a set; those with labels are judged as slices
+def _check_origins(found: Mapping[str, Any]) -> list[dict[str, str]]:
     "How is it elsewhere?"
     mine, checks = found["origins"]["challenger"], []
     for new, old in zip(mine, found["origins"]["champion"] or [None] * len(mine), strict=True):
@@ -602,19 +548,14 @@ def _check_origins(
     return checks
 
 
-def _judge(
-    found: Mapping[str, Any],  # from `_measure`
-    rules: Rules,
-) -> list[dict[str, str]]:
+def _judge(found: Mapping[str, Any], rules: Rules) -> list[dict[str, str]]:
     "Every check of what was measured."
     accuracy, good = _check_accuracy(found, rules)
     rest = [_check_slices(found, rules), _check_calibration(found, rules), _check_latency(found, rules, good)]
     return [*accuracy, *rest, _check_size(found, rules, good), *_check_origins(found)]
 
 
-def _verdict(
-    checks: Sequence[Mapping[str, str]],  # all of them
-) -> str:  # promote, keep or refuse
+def _verdict(checks: Sequence[Mapping[str, str]]) -> str:
     "What the checks come to."
     states = {c["state"] for c in checks}
     return next((s for s in ("refuse", "keep", "promote") if s in states), "keep")
@@ -702,20 +643,15 @@ def read_decision(
     return Decision(**{name: said[name] for name in names})
 
 # %% ../../nbs/bundle/60_gate.ipynb #d45e37b8
-def _side(
-    bundle: Bundle,  # an open bundle
-) -> dict[str, Any]:  # JSON types
+def _side(bundle: Bundle) -> dict[str, Any]:
     "Which bundle it was."
     names = ("run", "model", "commit", "data_hash", "created")
     return {"hash": bundle.hash} | {n: bundle.manifest.get(n) for n in names}
 
 # %% ../../nbs/bundle/60_gate.ipynb #2ec8ea23
 def _before(
-    challenger: Bundle,  # the new one
-    champion: Bundle | None,  # the one that serves
-    data: Mapping[str, Any] | None,  # of the rows
-    rules: Rules,
-) -> tuple[list[dict[str, str]], bool]:  # checks, and whether the two can be compared
+    challenger: Bundle, champion: Bundle | None, data: Mapping[str, Any] | None, rules: Rules
+) -> tuple[list[dict[str, str]], bool]:
     "What can be said before a model is asked."
     other = mismatches(challenger, champion, data)
     hollow, notes = card_problems(challenger)
@@ -768,11 +704,7 @@ def _check_rows(data: Mapping[str, Any], n: int, rules: Rules) -> list[dict[str,
     ]
 
 # %% ../../nbs/bundle/60_gate.ipynb #749b3f34
-def _check_held_out(
-    challenger: Bundle,  # the new one
-    rows: str,  # hash of the data that the rows are from
-    rules: Rules,
-) -> dict[str, str]:
+def _check_held_out(challenger: Bundle, rows: str, rules: Rules) -> dict[str, str]:
     "Of other data nobody can say whether these rows were among those it was trained on."
     trained = challenger.manifest.get("data_hash")
     if trained == rows:
@@ -1010,10 +942,7 @@ def find_champion(
     return registry.get(task, alias) if alias in registry.aliases(task) else None
 
 # %% ../../nbs/bundle/60_gate.ipynb #91cb5e68
-def _refuse_promotion(
-    decision: Decision,
-    who: str,  # who approves
-) -> None:
+def _refuse_promotion(decision: Decision, who: str) -> None:
     "Refuse what the gate did not let through, or nobody approved."
     if decision.verdict != "promote" or _verdict(decision.checks) != "promote":
         raise GateError(f"{decision.task}: the gate says {decision.verdict}: " + "; ".join(decision.reasons))
@@ -1053,10 +982,7 @@ def promote(
     return done | {"version": version.name, "dispatch": repository_dispatch("model-promoted", told, target)}
 
 # %% ../../nbs/bundle/60_gate.ipynb #67283291
-def _decided(
-    registry: "Registry",
-    decision: Decision,
-) -> Bundle:  # with the hash that was decided about
+def _decided(registry: "Registry", decision: Decision) -> Bundle:
     "The bundle a decision is about: that of its run, or a version in the registry."
     said = decision.evidence["challenger"]
     for version in registry.list(decision.task):

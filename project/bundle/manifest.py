@@ -47,10 +47,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".bin"}
 
 
-def _check_name(
-    name: object,  # a file name, from a manifest or a folder
-    where: str,  # the bundle, for the message
-) -> None:
+def _check_name(name: object, where: str) -> None:
     "Refuse a name that is not that of a plain file inside the folder, or that promises a pickle."
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise BundleError(
@@ -64,9 +61,7 @@ def _check_name(
         )
 
 # %% ../../nbs/bundle/10_manifest.ipynb #3e335b6a
-def _listing(
-    path: Path,  # the folder of a bundle
-) -> dict[str, Path]:  # name -> path, sorted by name, without the manifest
+def _listing(path: Path) -> dict[str, Path]:
     "The files that lie in a bundle's folder; anything that is not a regular file is refused."
     found = {}
     for entry in sorted(path.iterdir()):
@@ -86,12 +81,12 @@ def _listing(
 _KINDS = ("image", "text")
 
 
-def _is_text(value: object) -> bool:  # whether it is a text that is not blank
+def _is_text(value: object) -> bool:
     "Whether `value` can name something."
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_shape(value: object) -> bool:  # whether it is [None, n, ...]
+def _is_shape(value: object) -> bool:
     "Whether `value` is the shape of a batch of any length."
     return (
         isinstance(value, list)
@@ -101,14 +96,12 @@ def _is_shape(value: object) -> bool:  # whether it is [None, n, ...]
     )
 
 
-def _is_number(value: object) -> bool:  # whether it is a finite number
+def _is_number(value: object) -> bool:
     "Whether `value` is a number that one can compute with."
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 # %% ../../nbs/bundle/10_manifest.ipynb #3c22517a
-def _image_problem(
-    spec: dict[str, Any],  # the manifest's `input`
-) -> str:  # what is wrong; empty if nothing
+def _image_problem(spec: dict[str, Any]) -> str:
     "Check what the manifest says about images: raw bytes of one size."
     if not _is_shape(spec.get("shape")):
         return f"input: expected name, dtype, layout and shape [null, ...], found {spec!r}"
@@ -120,9 +113,7 @@ def _image_problem(
     return "" if found == want else f"input: expected dtype and channels {want}, found {found}"
 
 
-def _text_problem(
-    spec: dict[str, Any],  # the manifest's `input`
-) -> str:  # what is wrong; empty if nothing
+def _text_problem(spec: dict[str, Any]) -> str:
     "Check what the manifest says about texts: rows of ids, of any length up to one."
     want = ("int64", "NL", [None, None])
     if (found := (spec.get("dtype"), spec.get("layout"), spec.get("shape"))) != want:
@@ -137,10 +128,7 @@ def _text_problem(
     return ""
 
 # %% ../../nbs/bundle/10_manifest.ipynb #1f48adf9
-def _input_problem(
-    spec: object,  # the manifest's `input`
-    kind: object,  # the manifest's `kind`
-) -> str:  # what is wrong; empty if nothing
+def _input_problem(spec: object, kind: object) -> str:
     "Check what the manifest says about the model's input."
     if not isinstance(spec, dict) or not _is_text(spec.get("name")):
         return f"input: expected name, dtype, layout and shape, found {spec!r}"
@@ -148,9 +136,7 @@ def _input_problem(
     return check(spec) if check else ""
 
 
-def _class_problem(
-    classes: object,  # the manifest's `classes`
-) -> str:  # what is wrong; empty if nothing
+def _class_problem(classes: object) -> str:
     "Check the class names: at least two, each a text, none twice."
     if not isinstance(classes, list) or len(classes) < 2 or not all(map(_is_text, classes)):
         return f"classes: expected a list of two names or more, found {classes!r}"
@@ -177,10 +163,7 @@ def _words_problem(words: object) -> str:
     return ""
 
 # %% ../../nbs/bundle/10_manifest.ipynb #588d118f
-def _output_problem(
-    outputs: object,  # the manifest's `outputs`
-    classes: object,  # the manifest's `classes`
-) -> str:  # what is wrong; empty if nothing
+def _output_problem(outputs: object, classes: object) -> str:
     "Check what the manifest says about the model's outputs: one probability a class, and an embedding."
     found = outputs if isinstance(outputs, dict) else {}
     shapes: dict[str, Any] = {k: v.get("shape") for k, v in found.items() if isinstance(v, dict)}
@@ -194,10 +177,7 @@ def _output_problem(
     return ""
 
 
-def _check_fields(
-    manifest: dict[str, Any],  # what is in, or about to go into, manifest.json
-    where: str,  # the bundle, for the message
-) -> None:
+def _check_fields(manifest: dict[str, Any], where: str) -> None:
     "Refuse a manifest whose fields a reader could not rely on, with every problem in one message."
     m, checks = manifest, []
     task, kind, t = m.get("task"), m.get("kind"), m.get("temperature", 1.0)
@@ -241,11 +221,7 @@ _DOMAINS = {b"", b"ai.onnx", b"ai.onnx.ml", b"com.microsoft"}
 _READERS = {b"EPContext"}  # built in, and reads a compiled model from a path that the graph names
 
 # %% ../../nbs/bundle/10_manifest.ipynb #b137fa50
-def _varint(
-    data: Any,  # bytes, or a mapped file
-    at: int,  # where the number starts
-    stop: int,  # where the message ends
-) -> tuple[int, int]:  # the number, and where the next thing starts
+def _varint(data: Any, at: int, stop: int) -> tuple[int, int]:
     "Read one protobuf number; a cut or endless one is an `IndexError`."
     value = 0
     for i in range(10):
@@ -258,13 +234,7 @@ def _varint(
     raise IndexError(f"a broken number at byte {at}")
 
 
-def _proto_fields(
-    data: Any,  # bytes, or a mapped file
-    at: int,  # where the message starts
-    stop: int,  # where it ends
-) -> Iterator[
-    tuple[int, int, int, int]
-]:  # field number, value of a number field (else 0), start and end of the content
+def _proto_fields(data: Any, at: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
     "The fields of one protobuf message, in order, without copying their content."
     while at < stop:
         tag, at = _varint(data, at, stop)
@@ -285,9 +255,7 @@ def _proto_fields(
         yield tag >> 3, value, start, at
 
 # %% ../../nbs/bundle/10_manifest.ipynb #d90233f8
-def _scan_onnx(
-    data: Any,  # bytes, or a mapped file
-) -> str:  # what in it leads outside the file; empty if nothing does
+def _scan_onnx(data: Any) -> str:
     "Look for tensors that lie in other files and for operators that onnxruntime does not bring along."
     todo = [("ModelProto", 0, len(data))]
     while todo:
@@ -306,9 +274,7 @@ def _scan_onnx(
     return ""
 
 
-def _check_onnx(
-    path: Path,  # an .onnx file
-) -> None:
+def _check_onnx(path: Path) -> None:
     "Refuse an ONNX file that is damaged, or that leads outside itself."
     try:
         with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -413,9 +379,7 @@ class Bundle(Described):
         return "| | |\n|---|---|\n" + "\n".join(f"| **{k}** | {v} |" for k, v in _rows(self.manifest))
 
 # %% ../../nbs/bundle/10_manifest.ipynb #3ae5f348
-def _rows(
-    m: dict[str, Any],  # a manifest
-) -> Iterator[tuple[str, str]]:  # name and text of each row
+def _rows(m: dict[str, Any]) -> Iterator[tuple[str, str]]:
     "What a person wants to see of a manifest, as the rows of a table."
     shown = ", ".join(m["classes"][:12]) + (f", … ({len(m['classes'])})" if len(m["classes"]) > 12 else "")
     yield "task", f"{m['task']} ({m['kind']})"
@@ -447,9 +411,7 @@ def _rows(
         yield name, f"{human_bytes(f['bytes'])}, sha256 `{f['sha256'][:12]}…`"
 
 
-def _shape(
-    spec: dict[str, Any],  # an input or output of the manifest
-) -> str:  # like (N, 28, 28)
+def _shape(spec: dict[str, Any]) -> str:
     "A shape as a person writes it."
     return "(" + ", ".join("NL"[i] if n is None else str(n) for i, n in enumerate(spec["shape"])) + ")"
 
@@ -492,9 +454,7 @@ def write_manifest(
 _MANIFEST_LIMIT = 16_000_000  # bytes; a manifest is a few kilobytes, and this one may come from anywhere
 
 
-def _once(
-    pairs: list[tuple[str, Any]],  # what one JSON object holds
-) -> dict[str, Any]:  # the same as a dictionary
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     "Refuse a name that stands twice: two readers could take different ones."
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -502,9 +462,7 @@ def _once(
     return found
 
 
-def _read_manifest(
-    path: Path,  # the folder
-) -> dict[str, Any]:  # the manifest, of a format we know
+def _read_manifest(path: Path) -> dict[str, Any]:
     "Read manifest.json and check the format, the one field whose place never changes."
     file, where = path / MANIFEST, show_path(path)
     if not file.is_file():
@@ -537,11 +495,7 @@ def _read_manifest(
     return manifest
 
 # %% ../../nbs/bundle/10_manifest.ipynb #1299a553
-def _check_files(
-    path: Path,  # the folder
-    manifest: dict[str, Any],  # its manifest, with fields that were checked
-    verify: bool,  # whether to read the files
-) -> None:
+def _check_files(path: Path, manifest: dict[str, Any], verify: bool) -> None:
     "Hold the folder against the manifest's list: the same names, sizes and hashes."
     where, found, listed = show_path(path), _listing(path), manifest.get("files")
     needed = _NEEDED[manifest["kind"]]
@@ -656,10 +610,7 @@ def add_notebook(
 
 # %% ../../nbs/bundle/10_manifest.ipynb #c8e26de5
 @contextlib.contextmanager
-def _in_words(
-    what: str,  # what failed
-    where: Path | None = None,  # in which file, if in one
-) -> Iterator[None]:
+def _in_words(what: str, where: Path | None = None) -> Iterator[None]:
     "Turn what another library raises into one error that says where it happened."
     try:
         yield
@@ -696,10 +647,7 @@ def onnx_session(
     return session
 
 # %% ../../nbs/bundle/10_manifest.ipynb #b77050d2
-def _image_batches(
-    images: _Array,  # (N, ...), in memory or memory-mapped
-    size: int,  # images at a time
-) -> Iterator[tuple[Any, _Array]]:  # which rows, and what goes into the model
+def _image_batches(images: _Array, size: int) -> Iterator[tuple[Any, _Array]]:
     "Images in their order."
     import numpy as np
 
@@ -707,12 +655,7 @@ def _image_batches(
         yield slice(i, i + size), np.ascontiguousarray(images[i : i + size])
 
 
-def _answers(
-    bundle: Bundle,  # an open bundle
-    session: _Session,  # its model
-    batches: Iterable[tuple[Any, _Array]],  # which rows, and what goes into the model
-    n: int,  # rows in all batches together
-) -> tuple[_Array, _Array]:  # probabilities (n, classes) and embedding (n, E), float32
+def _answers(bundle: Bundle, session: _Session, batches: Iterable[tuple[Any, _Array]], n: int) -> tuple[_Array, _Array]:
     "Run the model on each batch, and put the answers where they belong."
     import numpy as np
 
@@ -729,10 +672,7 @@ def _answers(
     return found[0], found[1]
 
 # %% ../../nbs/bundle/10_manifest.ipynb #90a761d5
-def _check_kind(
-    bundle: Bundle,  # an open bundle
-    kind: str,  # what is about to be put in: "image" or "text"
-) -> None:
+def _check_kind(bundle: Bundle, kind: str) -> None:
     "Refuse images for a model that reads texts, and the other way round."
     if bundle.kind != kind:
         raise BundleError(f"{bundle.task}: expected {bundle.kind}s, which this bundle was made for, found {kind}s")
@@ -766,11 +706,7 @@ def check_images(
     )
 
 # %% ../../nbs/bundle/10_manifest.ipynb #2b500d6b
-def _joined(
-    bundle: Bundle,  # an open bundle of a text task
-    i: int,  # the row, for the message
-    value: object,  # a string, or a dict of strings
-) -> str:  # what the model reads
+def _joined(bundle: Bundle, i: int, value: object) -> str:
     "One row as one string."
     names, where = bundle.manifest["input"].get("fields", []), f"{bundle.task}: row {i}"
     if isinstance(value, Mapping):
@@ -841,9 +777,7 @@ def bundle_tokenizer(
     return tokenizer
 
 
-def _vocabulary(
-    tokenizer: _Tokenizer,  # any tokenizer
-) -> int:  # one more than the highest
+def _vocabulary(tokenizer: _Tokenizer) -> int:
     "How many ids a network needs a row for."
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
@@ -851,10 +785,7 @@ def _vocabulary(
 _IDS = 16_384  # ids of one batch, padding included
 
 
-def _id_batches(
-    rows: Sequence[_Array],  # ids of each row
-    size: int,  # rows at a time, at most
-) -> Iterator[tuple[Any, _Array]]:  # which rows, and what goes into the model: (B, L) int64
+def _id_batches(rows: Sequence[_Array], size: int) -> Iterator[tuple[Any, _Array]]:
     "Rows of like length together, padded to the longest of them."
     import numpy as np
 
@@ -871,12 +802,7 @@ def _id_batches(
         start = stop
 
 # %% ../../nbs/bundle/10_manifest.ipynb #1ca7a499
-def _text_batches(
-    bundle: Bundle,  # an open bundle of a text task
-    tokenizer: _Tokenizer,  # its tokenizer
-    texts: list[str],  # what the model reads
-    size: int,  # rows at a time, at most
-) -> Iterator[tuple[Any, _Array]]:  # which rows, and what goes into the model
+def _text_batches(bundle: Bundle, tokenizer: _Tokenizer, texts: list[str], size: int) -> Iterator[tuple[Any, _Array]]:
     "Texts to batches of ids, sixteen batches' worth at a time: memory does not grow with the number of texts."
     import numpy as np
 

@@ -36,18 +36,13 @@ from ..core import human_bytes
 from ..train.tracking import choose_mode, wandb_login
 
 # %% ../../nbs/bundle/50_mirror.ipynb #e891be7c
-def _facts(
-    version: Version,  # one of the registry
-    identity: str,  # of the registry
-) -> dict[str, Any]:  # JSON types only
+def _facts(version: Version, identity: str) -> dict[str, Any]:
     "An artifact's metadata."
     own = {"version": version.name, "number": version.number, "hash": version.hash, "removed": version.removed}
     return {"registry": identity, **own, "added": version.created, "by": version.by, "manifest": version.manifest}
 
 
-def _describe(
-    version: Version,  # one of the registry
-) -> str:  # a sentence
+def _describe(version: Version) -> str:
     "An artifact's description."
     acc = version.metrics.get("test/acc")
     parts = [
@@ -65,10 +60,7 @@ def _describe(
 _NAME = re.compile(r"[^/\\#?%:\r\n]{1,113}")  # what W&B allows
 
 
-def _link_to(
-    registry: Registry,  # the one to mirror
-    task: str,  # one that has versions
-) -> tuple[str, bool]:  # "": nowhere; and whether somebody asked for it by name
+def _link_to(registry: Registry, task: str) -> tuple[str, bool]:
     "Where in W&B's own registry the versions of a task are linked."
     given = os.environ.get("PROJECT_MIRROR", "").strip().removeprefix("wandb-registry-")
     if not _NAME.fullmatch(given or "model"):
@@ -79,10 +71,7 @@ def _link_to(
     return f"wandb-registry-{given or 'model'}/{task}", bool(given)
 
 # %% ../../nbs/bundle/50_mirror.ipynb #0700977d
-def _last(
-    registry: Registry,  # the one to mirror
-    task: str,  # one that has versions
-) -> tuple[int, dict[str, Any]]:  # how often it was noted, and the last note
+def _last(registry: Registry, task: str) -> tuple[int, dict[str, Any]]:
     "What W&B had when it was last asked."
     numbers = registry._numbers(f"{_check_name(task)}/mirror")
     with contextlib.suppress(RegistryError):  # damaged: W&B will be asked again
@@ -90,19 +79,13 @@ def _last(
     return numbers[-1], {}
 
 
-def _part(
-    note: Mapping[str, Any],  # from a file that may say anything
-    name: str,  # of a dictionary in it
-) -> dict[str, Any]:  # empty where there is none
+def _part(note: Mapping[str, Any], name: str) -> dict[str, Any]:
     "A part of a note."
     found = note.get(name)
     return found if isinstance(found, dict) else {}
 
 # %% ../../nbs/bundle/50_mirror.ipynb #544a44e8
-def _behind(
-    registry: Registry,  # the one to mirror
-    task: str,  # one that has versions
-) -> list[str]:  # in words
+def _behind(registry: Registry, task: str) -> list[str]:
     "What changed since W&B was last brought up to date."
     _, note = _last(registry, task)
     seen, stood, now = _part(note, "versions"), _part(note, "aliases"), registry.aliases(task)
@@ -163,11 +146,7 @@ class _Task:
         return max(1, int(self.stop - time.monotonic()))
 
 # %% ../../nbs/bundle/50_mirror.ipynb #48011a7f
-def _listed(
-    task: _Task,  # whose versions
-    path: str,  # of a collection
-    instead: str,  # what to do where it is somebody else's
-) -> dict[str, Any]:  # bundle's hash -> artifact
+def _listed(task: _Task, path: str, instead: str) -> dict[str, Any]:
     "What a collection in W&B holds; one that others use is not touched."
     try:
         found = list(task.api.artifacts("model", path))
@@ -181,9 +160,7 @@ def _listed(
     return {str(a.metadata.get("hash")): a for a in found}
 
 
-def _tell(
-    task: _Task,  # with what was found
-) -> None:
+def _tell(task: _Task) -> None:
     "Correct what artifacts say of their versions; after `gc` that they were cleared away."
     for v in task.versions:  # of several with the same content the last one, which may have its files again
         artifact, facts = task.found.get(v.hash), _facts(v, task.identity)
@@ -195,11 +172,7 @@ def _tell(
             task.told.append(v.name)
 
 # %% ../../nbs/bundle/50_mirror.ipynb #f4074125
-def _align(
-    found: Mapping[str, Any],  # bundle's hash -> artifact of a collection
-    wanted: Mapping[str, str],  # alias -> bundle's hash
-    ours: Collection[str],  # the aliases that are the registry's to give
-) -> list[str]:  # the aliases that were moved
+def _align(found: Mapping[str, Any], wanted: Mapping[str, str], ours: Collection[str]) -> list[str]:
     "Put aliases where the registry has them."
     had, moved = {key: set(a.aliases) for key, a in found.items()}, set()
     for key, artifact in found.items():
@@ -216,26 +189,20 @@ def _align(
     return sorted(moved)
 
 # %% ../../nbs/bundle/50_mirror.ipynb #d0966180
-def _ours(
-    task: _Task,  # one of the registry
-) -> set[str]:  # also those that were taken away
+def _ours(task: _Task) -> set[str]:
     "The aliases that the registry gives."
     names = task.registry._place.names(f"{task.name}/aliases")
     return {name for name in names if _ALIAS.fullmatch(name)}
 
 
-def _wanted(
-    task: _Task,  # one of the registry
-) -> dict[str, str]:  # alias -> bundle's hash
+def _wanted(task: _Task) -> dict[str, str]:
     "Where aliases are, now. Every version's name is one, and `latest`, which W&B gives to whatever was sent last."
     by_name = {v.name: v.hash for v in task.versions}
     now = task.registry.aliases(task.name) | {"latest": [v.name for v in task.versions if not v.removed][-1]}
     return by_name | {alias: by_name[to] for alias, to in now.items() if to in by_name}
 
 
-def _state(
-    task: _Task,  # somewhere on the way
-) -> dict[str, Any]:  # what is noted, and what is said
+def _state(task: _Task) -> dict[str, Any]:
     "What W&B has by now."
     names, ours, wanted = {v.hash: v.name for v in task.versions}, _ours(task), _wanted(task)
     at = [(alias, key) for key, a in task.found.items() for alias in a.aliases if alias in ours and key in names]
@@ -245,10 +212,7 @@ def _state(
     return {"url": task.page, **noted, **{k: getattr(task, k) for k in ("added", "told", "moved", "note")}}
 
 # %% ../../nbs/bundle/50_mirror.ipynb #aa45a6d0
-def _start(
-    task: _Task,  # where to send something
-    names: list[str],  # the versions
-) -> Any:  # a W&B run, to be used as a context
+def _start(task: _Task, names: list[str]) -> Any:
     "Begin a W&B run that does nothing but send files."
     import wandb
 
@@ -267,11 +231,7 @@ def _start(
     )
 
 # %% ../../nbs/bundle/50_mirror.ipynb #97379ef1
-def _upload(
-    task: _Task,  # of the version
-    run: Any,  # from `_start`
-    version: Version,  # one that has files
-) -> Any:  # the artifact, as W&B has it
+def _upload(task: _Task, run: Any, version: Version) -> Any:
     "Send a version, and wait until it is there."
     import wandb
 
@@ -282,10 +242,7 @@ def _upload(
     return run.log_artifact(artifact, aliases=[version.name]).wait(timeout=task.left())
 
 # %% ../../nbs/bundle/50_mirror.ipynb #71fb6737
-def _link(
-    task: _Task,  # all of whose versions are in W&B
-    target: str,  # like wandb-registry-model/lamps
-) -> None:
+def _link(task: _Task, target: str) -> None:
     "Show the versions in W&B's own registry, with the same aliases."
     found = _listed(task, target, "Name another registry, or `artifacts`, with PROJECT_MIRROR.")
     for v in task.versions:
@@ -295,11 +252,7 @@ def _link(
     task.linked = target
 
 
-def _linked(
-    task: _Task,  # all of whose versions are in W&B
-    link: str,  # where to link; "": nowhere
-    asked: bool,  # whether that must succeed
-) -> Iterator[dict[str, Any]]:  # what W&B has by now
+def _linked(task: _Task, link: str, asked: bool) -> Iterator[dict[str, Any]]:
     "Link, where that is wanted; an account without an organization has nothing to link into."
     if link:
         try:
@@ -311,12 +264,7 @@ def _linked(
         yield _state(task)
 
 # %% ../../nbs/bundle/50_mirror.ipynb #7f25690b
-def _work(
-    task: _Task,  # one to be mirrored
-    only: str,  # the one version to send; "": all
-    link: str,  # where to link; "": nowhere
-    asked: bool,  # whether that must succeed
-) -> Iterator[dict[str, Any]]:  # what W&B has by now, after each step
+def _work(task: _Task, only: str, link: str, asked: bool) -> Iterator[dict[str, Any]]:
     "Bring W&B up to date with a task."
     path = f"{task.entity}/{task.project}/{task.name}"
     task.found = _listed(task, path, "Name another project with WANDB_PROJECT, or delete it there.")
@@ -336,9 +284,7 @@ def _work(
     yield from _linked(task, link, asked)
 
 # %% ../../nbs/bundle/50_mirror.ipynb #a70e8cf4
-def _words(
-    error: BaseException,  # from anywhere
-) -> str:  # one line
+def _words(error: BaseException) -> str:
     "What went wrong."
     text = " ".join(str(error).split())[:300]
     return text if isinstance(error, RegistryError) else f"{type(error).__name__}: {text}"
@@ -368,7 +314,7 @@ def _child() -> None:
             print(json.dumps({"task": name, "why": _words(e)}), flush=True)
 
 # %% ../../nbs/bundle/50_mirror.ipynb #ef6ceb14
-def _offline() -> str:  # empty: it can be tried
+def _offline() -> str:
     "Why W&B is not asked."
     if os.environ.get("PROJECT_MIRROR", "").strip() == "off":
         return "PROJECT_MIRROR is off"
@@ -389,18 +335,13 @@ _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from project.b
 _OTHERS = ("SERVICE", "MODE", "NAME", "NOTES", "TAGS", "JOB_TYPE", "RUN_ID", "RUN_GROUP", "RESUME", "SWEEP_ID")
 
 
-def _environment(
-    folder: str,  # for what W&B writes
-) -> dict[str, str]:  # for the other process
+def _environment(folder: str) -> dict[str, str]:
     "The environment, without what it says of a W&B run that is going on here."
     kept = {name: value for name, value in os.environ.items() if name not in {f"WANDB_{o}" for o in _OTHERS}}
     return kept | {"PROJECT_PROGRESS": "off", "WANDB_SILENT": "true", "WANDB_DIR": folder}
 
 # %% ../../nbs/bundle/50_mirror.ipynb #caa5291a
-def _run(
-    job: Mapping[str, Any],  # what `_child` is to do
-    seconds: float,  # that it may take
-) -> tuple[str, str, int | None]:  # what it said, its errors, and how it ended; None: it had to be ended
+def _run(job: Mapping[str, Any], seconds: float) -> tuple[str, str, int | None]:
     "Let another process do it, and end it, with what it started, when its time is up."
     # errors of cleaning up: on Windows what was just ended may still hold a file for a moment
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -424,12 +365,7 @@ def _run(
 _GRACE = 10.0  # seconds to end well, after its time is up
 
 
-def _seconds(
-    registry: Registry,  # the one to mirror
-    tasks: list[str],  # of it
-    only: str,  # the one version to send; "": all
-    patience: float,  # seconds, and two for every megabyte
-) -> float:
+def _seconds(registry: Registry, tasks: list[str], only: str, patience: float) -> float:
     "How long it may take; where it may be long, this is said."
     size = 0
     for t in tasks:
@@ -440,12 +376,7 @@ def _seconds(
     return patience + 2 * size / 1e6
 
 # %% ../../nbs/bundle/50_mirror.ipynb #e8c916f6
-def _ask(
-    registry: Registry,  # the one to mirror
-    tasks: list[str],  # of it
-    only: str,  # the one version to send; "": all
-    seconds: float,  # that it may take
-) -> tuple[dict[str, dict[str, Any]], str]:  # task -> what W&B has, and why not more; and why not all was done
+def _ask(registry: Registry, tasks: list[str], only: str, seconds: float) -> tuple[dict[str, dict[str, Any]], str]:
     "Bring W&B up to date, in a process of its own."
     place = registry._place
     url = str(place.path) if isinstance(place, _Folder) else place.url
@@ -499,12 +430,7 @@ class Mirrored:
         return "; ".join(part for part in parts if part)
 
 # %% ../../nbs/bundle/50_mirror.ipynb #22f08e08
-def _outcome(
-    registry: Registry,  # the one that was mirrored
-    task: str,  # of it
-    heard: Mapping[str, Any],  # what the other process said of it
-    why: str,  # what went wrong for all
-) -> Mirrored:
+def _outcome(registry: Registry, task: str, heard: Mapping[str, Any], why: str) -> Mirrored:
     "What is to be said of a task."
     own = {k: heard[k] for k in ("added", "told", "moved", "url", "note") if k in heard}
     reason = heard.get("why") or ("" if heard.get("done") else why)
@@ -514,12 +440,7 @@ def _outcome(
 _NOTED = ("url", "versions", "aliases", "linked")
 
 
-def _write(
-    registry: Registry,  # the one that was mirrored
-    task: str,  # of it
-    number: int,  # of the note that was last when W&B was asked
-    said: Mapping[str, Any],  # what W&B has
-) -> bool:  # False: somebody else has mirrored meanwhile, so that W&B may have something else by now
+def _write(registry: Registry, task: str, number: int, said: Mapping[str, Any]) -> bool:
     "Note what W&B has."
     if "versions" not in said:
         return True

@@ -430,16 +430,16 @@ def _pace(bundle: Bundle) -> float:
 
 
 def _replay(
-    look: Callable[[Any], Rows],  # at inputs
-    marks: Callable[[Rows], np.ndarray],  # their signatures
-    corruptions: Mapping[str, Sequence[_Spoil]],  # by name
-    inputs: Any,  # rows as a list or an array
-    labels: np.ndarray,  # of them
-    right: np.ndarray,  # which of them the model has right as they are
-    before: float,  # accuracy on all rows of the reference
-    pace: float,  # which part of the usual number of rows
-    seed: int,  # of what is random in a corruption
-) -> list[Fingerprint]:  # one a way; ways of one name have the same accuracy
+    look: Callable[[Any], Rows],
+    marks: Callable[[Rows], np.ndarray],
+    corruptions: Mapping[str, Sequence[_Spoil]],
+    inputs: Any,
+    labels: np.ndarray,
+    right: np.ndarray,
+    before: float,
+    pace: float,
+    seed: int,
+) -> list[Fingerprint]:
     "Spoil the rows in every way, and see what is left: a fall on the same rows, taken from the accuracy on all."
     found = []
     for name, ways in corruptions.items():
@@ -473,11 +473,7 @@ def _check_data(bundle: Bundle, data: Any) -> None:
         )
 
 
-def _arrays(
-    bundle: Bundle,  # an open bundle
-    data: Any,  # of its task
-    seed: int,  # of every draw
-) -> dict[str, np.ndarray]:  # what the file holds
+def _arrays(bundle: Bundle, data: Any, seed: int) -> dict[str, np.ndarray]:
     "Look at the rows, and replay the corruptions."
     session, spec = onnx_session(bundle), bundle.manifest["input"]
     tokenizer = bundle_tokenizer(bundle) if bundle.kind == "text" else None

@@ -64,10 +64,7 @@ _TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _ALIAS = re.compile(r"(?!v[0-9]|latest$)[a-z][a-z0-9_-]{0,39}")
 
 
-def _check_name(
-    name: object,  # of a task or an alias, from anywhere
-    alias: bool = False,  # whether it is an alias
-) -> str:  # the same
+def _check_name(name: object, alias: bool = False) -> str:
     "Refuse what could not be a folder's name, or could be taken for a version."
     if isinstance(name, str) and (_ALIAS if alias else _TASK).fullmatch(name):
         return name
@@ -93,9 +90,7 @@ def _locked(file: Path, wait: float = 0) -> Iterator[None]:
         yield
 
 
-def _sync(
-    folder: Path,  # in which something was renamed
-) -> None:
+def _sync(folder: Path) -> None:
     "Bring a folder's list of names to the disk, where the system knows how."
     with contextlib.suppress(OSError):  # Windows has no such thing
         handle = os.open(folder, os.O_RDONLY)
@@ -170,9 +165,7 @@ _T = TypeVar("_T")
 _creating = threading.Lock()  # memory:// looks and writes in two steps
 
 
-def _connect(
-    url: str,  # like gs://bucket/folder
-) -> tuple[Any, str]:  # file system, path in it
+def _connect(url: str) -> tuple[Any, str]:
     "Reach a store, afresh: listings that were kept from before would hide what others do."
     scheme = url.partition("://")[0]
     if scheme not in _REMOTE:
@@ -289,12 +282,12 @@ FORMAT = 1  # of the registry's layout; a reader refuses a newer one
 _NUMBERED = re.compile(r"([0-9]{8})\.json")
 
 
-def _now() -> str:  # "2026-11-21T05:30:12+00:00"
+def _now() -> str:
     "The time, in UTC, to the second. It is for people: what came first is told by numbers."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _who() -> str:  # as in "ada" or "ada (github)"
+def _who() -> str:
     "Who acts: whom GitHub names, or the user of this machine."
     if actor := os.environ.get("GITHUB_ACTOR"):
         return f"{actor} (github)"
@@ -390,12 +383,7 @@ class Version(Described):
 _PLACE = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}")
 
 
-def _as_version(
-    record: dict[str, Any],  # what versions/00000003.json holds
-    task: str,  # whose folder it lies in
-    number: int,  # of the file
-    removed: bool,  # whether its files were cleared away
-) -> Version:  # the same, checked
+def _as_version(record: dict[str, Any], task: str, number: int, removed: bool) -> Version:
     "A version from its record."
     manifest, folder = record.get("manifest"), str(record.get("folder"))
     where = f"{task}: the record of version {number}"
@@ -407,10 +395,7 @@ def _as_version(
     return Version(task, number, record["hash"], created, by, manifest, folder, removed)
 
 
-def _checked(
-    bundle: Bundle,  # as it was opened
-    version: Version,  # as it should be
-) -> Bundle:  # the same
+def _checked(bundle: Bundle, version: Version) -> Bundle:
     "Refuse a folder that holds another bundle than the record says, however whole it is."
     if bundle.hash != version.hash:
         raise BundleError(
@@ -516,11 +501,7 @@ def _note_damage(target: Path, marks: str, found: str) -> None:
         write_json(_note_of_damage(target), {"marks": marks, "found": found, "tries": tries, "until": until})
 
 # %% ../../nbs/bundle/40_registry.ipynb #5745ccb3
-def _download(
-    place: _Bucket,  # where the registry is
-    folder: str,  # of the version's files in it
-    version: Version,  # what to fetch
-) -> Bundle:  # in the cache
+def _download(place: _Bucket, folder: str, version: Version) -> Bundle:
     "Fetch a version's files, unless they are here."
     target = cache_dir() / "registry" / version.hash
     with _locked(target.with_suffix(".lock"), wait=600):
@@ -560,9 +541,7 @@ class _Any(enum.Enum):
 ANY = _Any.ANY
 
 
-def _after_moves(
-    moves: Sequence[Mapping[str, Any]],  # of one alias, in order
-) -> list[str]:  # where it stood and can go back to, the current one last
+def _after_moves(moves: Sequence[Mapping[str, Any]]) -> list[str]:
     "What `rollback` would go through: a roll-back takes away what it went back over."
     stood: list[str] = []
     for move in moves:
@@ -963,9 +942,7 @@ def open_served(
 _Check = dict[str, str]  # state: ok | note | fix; what; found
 
 
-def _check_answers(
-    bundle: Bundle,  # an open bundle
-) -> _Check:  # whether it answers with probabilities
+def _check_answers(bundle: Bundle) -> _Check:
     "Ask the model something blank."
     import numpy as np
 
@@ -980,9 +957,7 @@ def _check_answers(
     return {"state": "ok", "what": "answers", "found": text}
 
 
-def _check_notebook(
-    bundle: Bundle,  # an open bundle
-) -> _Check:  # what its receipt is worth
+def _check_notebook(bundle: Bundle) -> _Check:
     "Hold the executed notebook against its own receipt."
     from project.runs.receipt import verify
 
@@ -995,9 +970,7 @@ def _check_notebook(
     return {"state": state, "what": "notebook", "found": ": ".join([verdict.state, *verdict.reasons[:1]]) + more}
 
 
-def _check_links(
-    bundle: Bundle,  # an open bundle
-) -> _Check:  # whether manifest and receipt tell the same story
+def _check_links(bundle: Bundle) -> _Check:
     "Hold the bundle against the receipt of its notebook."
     path = bundle.path / "notebook.ipynb"
     found = bundle_lineage(bundle.manifest, path.read_bytes() if path.is_file() else None)

@@ -55,9 +55,7 @@ def blank(
     return found
 
 # %% ../../nbs/data/40_cleaning.ipynb #6f719228
-def _digests(
-    inputs: np.ndarray | Texts,  # images, or texts
-) -> Iterator[bytes]:  # one for each row
+def _digests(inputs: np.ndarray | Texts) -> Iterator[bytes]:
     "What identical rows have in common."
     if isinstance(inputs, Texts):
         return (blake2b(words(text).encode(), digest_size=16).digest() for text in inputs.joined())
@@ -85,10 +83,7 @@ def conflicts(
 _WINDOW = 64  # rows of one key that a row is compared with
 
 
-def _same_key(
-    keys: np.ndarray,  # (N,)
-    window: int = _WINDOW,  # rows of one key that a row is compared with
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # positions a and b; each pair once
+def _same_key(keys: np.ndarray, window: int = _WINDOW) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "Pairs of rows with the same key, vectorised over their distance in the order of keys."
     order = np.argsort(keys, kind="stable")
     ranked, starts = keys[order], np.arange(len(keys))
@@ -100,18 +95,13 @@ def _same_key(
         yield order[starts], order[starts + step]
 
 
-def _unique_pairs(
-    pairs: Iterable[tuple[np.ndarray, np.ndarray]],  # positions a and b
-    n: int,  # rows
-) -> np.ndarray:  # (P, 2) a < b, ascending
+def _unique_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> np.ndarray:
     "Each pair once."
     numbers = [np.zeros(0, np.int64), *(np.minimum(a, b) * n + np.maximum(a, b) for a, b in pairs)]
     return np.stack(np.divmod(np.unique(np.concatenate(numbers)), max(n, 1)), 1)
 
 # %% ../../nbs/data/40_cleaning.ipynb #7229047f
-def _groups(
-    pairs: np.ndarray,  # (P, 2)
-) -> list[list[int]]:  # connected rows, ascending
+def _groups(pairs: np.ndarray) -> list[list[int]]:
     "Rows that are linked by pairs, directly or through others."
     leader: dict[int, int] = {}
 
@@ -133,10 +123,7 @@ def _groups(
 _SIDE, _WAVES = 32, 16  # edge of a thumbnail; frequencies kept in each direction
 
 
-def _overlaps(
-    n: int,  # pixels
-    side: int = _SIDE,  # pixels wanted
-) -> np.ndarray:  # (side, n) whole numbers; each row adds up to n
+def _overlaps(n: int, side: int = _SIDE) -> np.ndarray:
     "How much of each pixel falls into each wider or narrower one."
     edges, pixels = np.arange(side + 1)[:, None] * n, np.arange(n) * side
     return np.clip(np.minimum(edges[1:], pixels + side) - np.maximum(edges[:-1], pixels), 0, None)
@@ -151,11 +138,7 @@ def _reduced(grey: np.ndarray, side: int = _SIDE) -> np.ndarray:
     return np.rint(down.reshape(side, n, side).transpose(1, 0, 2) / kind(h * w)).astype(np.uint8)
 
 
-def _thumbnails(
-    images: np.ndarray,  # (N, H, W) or (N, H, W, 3) unsigned bytes
-    rows: np.ndarray,  # which of them
-    side: int = _SIDE,  # pixels of an edge
-) -> np.ndarray:  # (rows, side, side) unsigned bytes, grey
+def _thumbnails(images: np.ndarray, rows: np.ndarray, side: int = _SIDE) -> np.ndarray:
     "The images made small; of large ones not every pixel is looked at."
     step = max(1, min(images.shape[1:3]) // 4 // _SIDE)
     small = np.empty((len(rows), side, side), np.uint8)
@@ -168,9 +151,7 @@ def _thumbnails(
     return small
 
 # %% ../../nbs/data/40_cleaning.ipynb #40001ae3
-def _hashes(
-    thumbnails: np.ndarray,  # (N, 32, 32)
-) -> np.ndarray:  # (N, 256) bits
+def _hashes(thumbnails: np.ndarray) -> np.ndarray:
     "Whether each of the lowest frequencies is positive."
     angles = np.outer(np.arange(1, _WAVES + 1), 2 * np.arange(_SIDE) + 1) * (math.pi / 2 / _SIDE)
     waves = np.rint(64 * np.cos(angles))
@@ -183,11 +164,7 @@ def _hashes(
 _AT_A_TIME = 16  # rows held against all others at once; so many fit a processor's cache
 
 
-def _near_bits(
-    a: np.ndarray,  # (W, N) words of 64 bits, two or more a row
-    b: np.ndarray,  # (W, M) words; `a` itself: each pair once
-    radius: int,  # bits that a pair may differ in
-) -> Iterator[np.ndarray]:  # (P, 2) positions in `a` and `b`, ascending
+def _near_bits(a: np.ndarray, b: np.ndarray, radius: int) -> Iterator[np.ndarray]:
     "All pairs of rows that differ in few bits."
     for start in range(0, a.shape[1], _AT_A_TIME):
         skip = start if a is b else 0
@@ -219,10 +196,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return ab / np.sqrt(np.maximum(aa * bb, 1))
 
 
-def _likeness(
-    thumbnails: np.ndarray,  # (N, 32, 32)
-    pairs: np.ndarray,  # (P, 2)
-) -> np.ndarray:  # (P,) from -1 to 1
+def _likeness(thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     "Correlation of the differences between neighbouring pixels."
     found = np.zeros(len(pairs))
     for start in range(0, len(pairs), 4096):
@@ -236,9 +210,7 @@ _RADIUS, _RADIUS_IN_CROWD = 64, 48  # bits that their hashes may differ in
 _STRANGERS, _CROWD = 0.3, 0.03  # a likeness, and the share of random pairs that reach it in a crowded set
 
 
-def _least_likeness(
-    thumbnails: np.ndarray,  # (N, 32, 32)
-) -> float:  # the likeness that counts
+def _least_likeness(thumbnails: np.ndarray) -> float:
     "What near duplicates must reach in this set, by how alike random rows of it are."
     draws = np.random.PCG64(0).random_raw(2000) % np.uint64(len(thumbnails))
     a, b = draws.astype(np.int64).reshape(2, -1)
@@ -251,11 +223,7 @@ def _least_likeness(
 _KEPT = 64  # pairs of a row that are looked at, whatever they link
 
 
-def _alike(
-    thumbnails: np.ndarray,  # (N, 32, 32)
-    proposals: Iterable[np.ndarray],  # (P, 2) each, ascending
-    least: float,  # likeness that counts
-) -> np.ndarray:  # (P, 2)
+def _alike(thumbnails: np.ndarray, proposals: Iterable[np.ndarray], least: float) -> np.ndarray:
     "The pairs that are alike; of a row's many those that link groups."
     group, found = np.arange(len(thumbnails)), [np.zeros((0, 2), np.int64)]
     for pairs in proposals:
@@ -331,10 +299,7 @@ def _best(found: np.ndarray, n: int) -> np.ndarray:
     return found[np.sort(first)[: min(_TRIED * n, _MOST)]]
 
 
-def _part_candidates(
-    base: np.ndarray,  # (N, 64, 64) bytes
-    edges: tuple[int, ...],  # from `_edges`
-) -> np.ndarray:  # (P, 7) row, which may be a part of it (+ N: mirrored), coarse likeness, window in 256ths
+def _part_candidates(base: np.ndarray, edges: tuple[int, ...]) -> np.ndarray:
     "Pairs of images, and the window of the one that the other is most like; the likeliest of all."
     n, small = len(base), _resized(base, _SIDE)
     whole = np.concatenate([_coarse(small), _coarse(small[:, :, ::-1])])
@@ -388,11 +353,7 @@ def _fitted(base: np.ndarray, boxes: np.ndarray, parts: np.ndarray) -> np.ndarra
     return likeness
 
 # %% ../../nbs/data/40_cleaning.ipynb #b6d446e5
-def _part_pairs(
-    images: np.ndarray,  # (N, …) unsigned bytes
-    rows: np.ndarray,  # which of them
-    least: float,  # likeness that counts
-) -> np.ndarray:  # (P, 2) positions in `rows`, a < b, ascending
+def _part_pairs(images: np.ndarray, rows: np.ndarray, least: float) -> np.ndarray:
     "Pairs of which one shows a part of the other, perhaps mirrored."
     base, n = _thumbnails(images, rows, _BASE), len(rows)
     found = _part_candidates(base, _edges(n))
@@ -406,10 +367,7 @@ def _part_pairs(
     return _unique_pairs([tuple(found[keep, :2].T % n)], n)
 
 # %% ../../nbs/data/40_cleaning.ipynb #764d813d
-def _image_pairs(
-    images: np.ndarray,  # (N, …) unsigned bytes
-    rows: np.ndarray,  # which of them; no two identical
-) -> tuple[np.ndarray, str, dict[str, int]]:  # (P, 2) row numbers; how they were found, how many in which way
+def _image_pairs(images: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, str, dict[str, int]]:
     "Pairs of rows that show nearly the same, or one a part of the other."
     if len(rows) < 2:
         return np.zeros((0, 2), np.int64), "fewer than two images to compare", {"whole": 0, "part": 0}
@@ -425,9 +383,7 @@ def _image_pairs(
     return rows[pairs], how, {"whole": len(whole), "part": len(pairs) - len(whole)}
 
 # %% ../../nbs/data/40_cleaning.ipynb #515bb808
-def _firsts(
-    inputs: np.ndarray | Texts,  # images, or texts
-) -> tuple[np.ndarray, list[list[int]]]:  # one row of each content, the groups of identical ones
+def _firsts(inputs: np.ndarray | Texts) -> tuple[np.ndarray, list[list[int]]]:
     "Rows of which no two are identical and none is blank: nothing is gained by comparing those."
     usable = ~blank(inputs)
     groups = [group for group in identical(inputs) if usable[group[0]]]
@@ -448,18 +404,14 @@ _RUN = 3  # words
 _JACCARD = 0.5  # least share of common runs
 
 
-def _mix(
-    x: np.ndarray,  # unsigned 64-bit numbers
-) -> np.ndarray:  # the same, well mixed
+def _mix(x: np.ndarray) -> np.ndarray:
     "SplitMix64's finaliser: each bit of the result depends on each bit of `x`."
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return x ^ (x >> np.uint64(31))
 
 
-def _word_numbers(
-    texts: Iterable[str],  # as `words` gives them
-) -> tuple[np.ndarray, np.ndarray]:  # a number for each word of all texts, where each text begins (and the end)
+def _word_numbers(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     "Words as numbers, in order of their first occurrence."
     numbers: dict[str, int] = {}
     flat: list[int] = []
@@ -470,9 +422,7 @@ def _word_numbers(
     return np.array(flat, np.uint64), np.array(starts, np.int64)
 
 # %% ../../nbs/data/40_cleaning.ipynb #751e5d47
-def _runs(
-    texts: Sequence[str],  # as `words` gives them, none empty
-) -> tuple[np.ndarray, np.ndarray]:  # the runs of all texts, where each text's begin (and the end)
+def _runs(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     "The set of runs of three words of each text; a shorter text is one run."
     flat, starts = _word_numbers(texts)
     lengths = np.diff(starts)
@@ -492,10 +442,7 @@ def _runs(
 _PARTNERS = 200  # texts with one rare run that a text is compared with
 
 
-def _text_candidates(
-    runs: np.ndarray,  # of all texts
-    starts: np.ndarray,  # where each text's begin, and the end
-) -> np.ndarray:  # (P, 2)
+def _text_candidates(runs: np.ndarray, starts: np.ndarray) -> np.ndarray:
     "Pairs of texts that share one of the rarest of their runs: all that can share half of them are among these."
     n = np.diff(starts)
     row = np.repeat(np.arange(len(n)), n)
@@ -508,11 +455,7 @@ def _text_candidates(
     return _unique_pairs(pairs, len(n))
 
 
-def _jaccard(
-    runs: np.ndarray,  # of all texts
-    starts: np.ndarray,  # where each text's begin, and the end
-    pairs: np.ndarray,  # (P, 2)
-) -> np.ndarray:  # (P,) from 0 to 1
+def _jaccard(runs: np.ndarray, starts: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     "Common runs by all runs, exact: both texts' runs of a pair are sorted together, and common ones lie side by side."
     numbers = np.unique(runs, return_inverse=True)[1]
     sizes, found = np.diff(starts), np.zeros(len(pairs))
@@ -527,9 +470,7 @@ def _jaccard(
     return found
 
 # %% ../../nbs/data/40_cleaning.ipynb #38f9dc22
-def _text_pairs(
-    texts: Sequence[str],  # as `words` gives them, none empty and no two the same
-) -> np.ndarray:  # (P, 2) positions
+def _text_pairs(texts: Sequence[str]) -> np.ndarray:
     "Pairs of texts that share half of their runs of words or more."
     if len(texts) < 2:
         return np.zeros((0, 2), np.int64)
@@ -549,28 +490,19 @@ def near_texts(
     return _groups(np.concatenate([pairs, np.array(links, np.int64).reshape(-1, 2)]))
 
 # %% ../../nbs/data/40_cleaning.ipynb #013e6051
-def _name(
-    examples: Examples,  # the rows
-    row: int,  # one of them
-) -> str:  # for messages
+def _name(examples: Examples, row: int) -> str:
     "Where a row came from."
     return examples.ids[row] if examples.ids else f"row {row}"
 
 
-def _reject_blank(
-    examples: Examples,  # the rows
-    left: dict[int, tuple[str, str]],  # row -> kind and reason; added to
-) -> None:
+def _reject_blank(examples: Examples, left: dict[int, tuple[str, str]]) -> None:
     "Rows that say nothing, whatever part they are of."
     reason = "no words" if isinstance(examples.inputs, Texts) else "all pixels alike"
     left.update((row, ("blank", reason)) for row in np.flatnonzero(blank(examples.inputs)).tolist())
 
 
 def _reject_identical(
-    examples: Examples,  # the rows
-    groups: list[list[int]],  # identical rows
-    part: list[str],  # of each row: "train", "test" or "ood"
-    left: dict[int, tuple[str, str]],  # row -> kind and reason; added to
+    examples: Examples, groups: list[list[int]], part: list[str], left: dict[int, tuple[str, str]]
 ) -> None:
     "Training rows with the same content as another: contradictions, copies of test rows, copies."
     for group in groups:
@@ -586,12 +518,8 @@ def _reject_identical(
 
 # %% ../../nbs/data/40_cleaning.ipynb #5368d48b
 def _reject_near(
-    examples: Examples,  # the rows
-    groups: list[list[int]],  # near rows; no rows of another origin
-    part: list[str],  # of each row
-    left: dict[int, tuple[str, str]],  # row -> kind and reason; added to
-    near: bool,  # whether to leave any out
-) -> list[list[int]]:  # groups of training rows, which must stay together
+    examples: Examples, groups: list[list[int]], part: list[str], left: dict[int, tuple[str, str]], near: bool
+) -> list[list[int]]:
     "Training rows that nearly are a test row; the other groups."
     together = []
     for group in groups:
@@ -604,10 +532,7 @@ def _reject_near(
     return [group for group in together if group]
 
 
-def _near_pairs(
-    inputs: np.ndarray | Texts,  # images, or texts
-    rows: np.ndarray,  # which of them; no two identical
-) -> tuple[np.ndarray, str, dict[str, int]]:  # (P, 2) row numbers; how they were found, and how many in which way
+def _near_pairs(inputs: np.ndarray | Texts, rows: np.ndarray) -> tuple[np.ndarray, str, dict[str, int]]:
     "Pairs of rows that are nearly the same."
     if not isinstance(inputs, Texts):
         return _image_pairs(inputs, rows)
@@ -620,11 +545,7 @@ def _near_pairs(
 _LISTED = 1000  # entries of a list in a report
 
 
-def _count_groups(
-    groups: list[list[int]],  # rows
-    labels: np.ndarray,  # (N,)
-    part: list[str],  # of each row
-) -> dict[str, Any]:  # for the manifest
+def _count_groups(groups: list[list[int]], labels: np.ndarray, part: list[str]) -> dict[str, Any]:
     "How many groups and rows, with two labels, on both sides of the published split; and which."
     return {
         "groups": len(groups),
@@ -636,10 +557,8 @@ def _count_groups(
 
 
 def _count_shared(
-    examples: Examples,  # the rows
-    part: list[str],  # of each row: "train", "test" or "ood"
-    contents: Iterable[tuple[list[int], list[int]]],  # rows of one content, rows of the same or a near one
-) -> dict[str, Any]:  # for each part of another origin
+    examples: Examples, part: list[str], contents: Iterable[tuple[list[int], list[int]]]
+) -> dict[str, Any]:
     "How many rows of each part of another origin are in the training or test part, too."
     found = {p: (set(), set()) for p in examples.parts if p.startswith("ood-")}  # type: dict[str, tuple[set, set]]
     for rows, others in contents:
@@ -658,11 +577,7 @@ def _count_shared(
     }
 
 # %% ../../nbs/data/40_cleaning.ipynb #618ea988
-def _link(
-    pairs: np.ndarray,  # (P, 2) near rows, the first of each content
-    copies: dict[int, list[int]],  # the first row of a content -> all of it
-    there: Callable[[int], bool],  # whether a row can link others
-) -> list[list[int]]:  # groups
+def _link(pairs: np.ndarray, copies: dict[int, list[int]], there: Callable[[int], bool]) -> list[list[int]]:
     "Groups of near rows: each content is stood for by its first row that is still there, and brings the others along."
     alive = {x: [i for i in copies.get(x, [x]) if there(i)] for x in np.unique(pairs).tolist()}
     links = [(alive[x][0], alive[y][0]) for x, y in pairs.tolist() if alive[x] and alive[y]]
@@ -697,10 +612,7 @@ def clean(
     return _left_out(examples, left), report
 
 # %% ../../nbs/data/40_cleaning.ipynb #3b59d2a9
-def _left_out(
-    examples: Examples,  # the rows
-    left: dict[int, tuple[str, str]],  # row -> kind and reason
-) -> Examples:  # with part -1 where left out
+def _left_out(examples: Examples, left: dict[int, tuple[str, str]]) -> Examples:
     "Take rows out of their parts, and say why."
     part = np.array(examples.part, np.int64)
     part[list(left)] = -1
@@ -711,11 +623,7 @@ def _left_out(
     return replace(examples, part=part, rejects=(*examples.rejects, *rejects))
 
 # %% ../../nbs/data/40_cleaning.ipynb #16a0a3f1
-def _draw(
-    rows: np.ndarray,  # of one class, free to be held out, in the order of the draw
-    groups: list[list[int]],  # of the same class, in the order of the draw
-    quota: int,  # rows to hold out
-) -> list[int]:  # rows held out; fewer where the groups do not fit
+def _draw(rows: np.ndarray, groups: list[list[int]], quota: int) -> list[int]:
     "Single rows first, then groups that fit, whole."
     chosen = rows[:quota].tolist()
     for group in groups:
@@ -724,11 +632,7 @@ def _draw(
     return chosen
 
 
-def _held_out(
-    held_out: float | int,  # a share between 0 and 1, or a number of rows
-    rows: int,  # of which they are drawn
-    classes: int,  # that must be on both sides
-) -> int:  # rows to hold out
+def _held_out(held_out: float | int, rows: int, classes: int) -> int:
     "A share as a number of rows, checked."
     n = held_out if isinstance(held_out, int) else round(rows * held_out)
     if not classes <= n <= rows - classes:

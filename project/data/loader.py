@@ -19,9 +19,7 @@ import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/data/60_loader.ipynb #1096045a
-def _generator(
-    *key: int,  # what identifies the draw: seed, epoch, position, …
-) -> torch.Generator:  # a fresh generator for it
+def _generator(*key: int) -> torch.Generator:
     "A random generator that depends on `key` alone; neighbouring keys give unrelated streams."
     state = np.random.SeedSequence([int(k) for k in key]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
@@ -48,11 +46,7 @@ def shift_batch(
     return moved.permute(0, 3, 1, 2)
 
 # %% ../../nbs/data/60_loader.ipynb #fead44e1
-def _inside(
-    x: torch.Tensor,  # (B, C, H, W)
-    corner: torch.Tensor,  # (B, 2) first row and column of a rectangle; may lie outside
-    size: torch.Tensor | int,  # (B, 2) its rows and columns, or the edge of a square
-) -> torch.Tensor:  # (B, 1, H, W) true inside
+def _inside(x: torch.Tensor, corner: torch.Tensor, size: torch.Tensor | int) -> torch.Tensor:
     "Which pixels lie in a rectangle."
     down, right = (torch.arange(n, device=x.device) for n in x.shape[2:])
     end = corner + size
@@ -128,9 +122,7 @@ def resample_batch(
     return y.round_().to(torch.uint8)
 
 # %% ../../nbs/data/60_loader.ipynb #999c698e
-def _grey(
-    x: torch.Tensor,  # (B, C, …) grey, or red, green and blue
-) -> torch.Tensor:  # (B, …)
+def _grey(x: torch.Tensor) -> torch.Tensor:
     "Grey values, by the weights of ITU-R BT.601."
     return x[:, 0] if x.shape[1] == 1 else 0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]
 
@@ -151,10 +143,7 @@ def colour_batch(
 _AT_ONCE = 2**18  # values; with what a step makes of them, they fit into the cache of a core
 
 
-def _piecewise(
-    change: Callable[[slice], torch.Tensor],  # makes a piece of the batch
-    x: torch.Tensor,  # what it is made of
-) -> torch.Tensor:  # all of it
+def _piecewise(change: Callable[[slice], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     "Make a batch a few images at a time."
     few = max(1, _AT_ONCE // max(1, math.prod(x.shape[1:])))
     if len(x) <= few or x.device.type != "cpu":
@@ -189,22 +178,13 @@ def mixup_batch(
 _FLIPS = ("none", "random", "alternate")
 
 
-def _check_whole(
-    name: str,  # of the option
-    value: Any,  # what was given
-    least: int = 0,  # what it may be
-) -> None:
+def _check_whole(name: str, value: Any, least: int = 0) -> None:
     "Raise `ValueError` unless it is a whole number that is large enough."
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
 
-def _check_number(
-    name: str,  # of the option
-    value: Any,  # what was given
-    low: float,  # what it may be at least
-    high: float,  # and at most
-) -> None:
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
     "Raise `ValueError` unless it is a number in this range."
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
@@ -264,11 +244,7 @@ def draw_changes(
     return changes
 
 # %% ../../nbs/data/60_loader.ipynb #3688b83f
-def _change(
-    x: torch.Tensor,  # (B, C, H, W) unsigned bytes
-    changes: dict[str, torch.Tensor],  # from `draw_changes`
-    augment: Augment,  # what was asked for
-) -> torch.Tensor:  # (B, C, h, w) unsigned bytes
+def _change(x: torch.Tensor, changes: dict[str, torch.Tensor], augment: Augment) -> torch.Tensor:
     "Cut, mirror, move, colour, erase, blank: in this order."
     if "cut" in changes:
         cuts, size = changes["cut"], (augment.crop, augment.crop) if augment.crop else (x.shape[2], x.shape[3])
@@ -310,12 +286,7 @@ def resize_batch(
     return y.round().clamp(0, 255).to(torch.uint8)
 
 # %% ../../nbs/data/60_loader.ipynb #7054841d
-def _check_rows(
-    what: str,  # "image" or "text"
-    count: int,  # how many there are
-    labels: np.ndarray,  # what should be (N,) whole numbers
-    rows: np.ndarray,  # the rows to use
-) -> None:
+def _check_rows(what: str, count: int, labels: np.ndarray, rows: np.ndarray) -> None:
     "Raise `ValueError` for rows that cannot give a batch."
     if count != len(labels):
         raise ValueError(f"expected a label for each {what}, got {count:,} {what}s and {len(labels):,} labels")
@@ -331,11 +302,7 @@ def _check_rows(
         raise ValueError(f"rows: expected numbers from 0 to {count - 1:,}, got {rows.min():,} to {rows.max():,}")
 
 # %% ../../nbs/data/60_loader.ipynb #c8d3b6c0
-def _check_images(
-    images: Any,  # what should be (N, H, W) or (N, H, W, C) unsigned bytes, or (N, E) features
-    augment: Augment,  # what is asked for
-    small: Any,  # edge of the images in the first batches
-) -> None:
+def _check_images(images: Any, augment: Augment, small: Any) -> None:
     "Raise `ValueError` for images that cannot be changed so."
     if images.dtype == np.float32 and images.ndim == 2:
         if augment != Augment() or small != 0:
@@ -402,17 +369,10 @@ class _Order(_Rows):
             self._order = epoch, self._permute(np.random.default_rng([self.seed, epoch]))
         return self._order[1]
 
-    def _permute(
-        self,
-        random: np.random.Generator,  # of the epoch
-    ) -> np.ndarray:  # positions in `rows`
+    def _permute(self, random: np.random.Generator) -> np.ndarray:
         return random.permutation(len(self.rows))
 
-    def _whole(
-        self,
-        epoch: int,  # from 0
-        position: int,  # from 0, below the length
-    ) -> np.ndarray:  # positions in `rows`
+    def _whole(self, epoch: int, position: int) -> np.ndarray:
         "All of a batch, whoever reads it."
         return self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
 
@@ -426,10 +386,7 @@ class _Order(_Rows):
             raise ValueError(f"rank: expected 0 to {world - 1}, one for each of {world} processes, got {rank}")
         self.rank, self.world = rank, world
 
-    def _part(
-        self,
-        whole: int,  # examples of a batch
-    ) -> tuple[int, int]:  # where this process's part begins and ends
+    def _part(self, whole: int) -> tuple[int, int]:
         return whole * self.rank // self.world, whole * (self.rank + 1) // self.world
 
 # %% ../../nbs/data/60_loader.ipynb #8f301abf
@@ -493,10 +450,7 @@ class _Stream(_Order):
         self.epoch, self.position, self._restored = state["epoch"], state["position"], True
 
 # %% ../../nbs/data/60_loader.ipynb #bd3b2ad0
-def _will_need(
-    images: Any,  # an array
-    rows: np.ndarray,  # numbers of rows
-) -> None:
+def _will_need(images: Any, rows: np.ndarray) -> None:
     "Ask the system to read rows of a memory-mapped array, without waiting for them."
     mapped = getattr(images, "base", None)
     if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED") or not images.flags.c_contiguous:
@@ -547,11 +501,7 @@ class _Reader(_Images):
     ahead = 2**30  # bytes; of larger sets, the system is told a batch before what is read next
     _told = (-1, -1)  # epoch and position of the last batch it was told of
 
-    def _look_ahead(
-        self,
-        epoch: int,  # from 0
-        position: int,  # of the batch that is read now
-    ) -> None:
+    def _look_ahead(self, epoch: int, position: int) -> None:
         "Tell the system what is read next, and what is read now if it does not know."
         for p in range(position + (self._told == (epoch, position)), min(position + 2, self.length)):
             first, last = self._part(len(which := self._whole(epoch, p)))
@@ -559,13 +509,7 @@ class _Reader(_Images):
             _will_need(self.images, self.rows[which if mixed else which[first:last]])
             self._told = (epoch, p)
 
-    def _read(
-        self,
-        which: np.ndarray,  # all of the batch, as positions in `rows`
-        at: Any,  # what to read of it
-        epoch: int,  # from 0
-        position: int,  # from 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, which: np.ndarray, at: Any, epoch: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         "Gather images and change them."
         rows = self.rows[which[at]]
         x, y = torch.from_numpy(self.images[rows]), torch.from_numpy(self.labels[rows].astype(np.int64, copy=False))
@@ -600,13 +544,7 @@ class Batches(_Reader):
             x = resize_batch(x, self.small)
         return x, y
 
-    def _mixed(
-        self,
-        which: np.ndarray,  # all of the batch, as positions in `rows`
-        at: np.ndarray,  # which of them are this process's
-        epoch: int,  # from 0
-        position: int,  # from 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mixed(self, which: np.ndarray, at: np.ndarray, epoch: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         "Gather images and their partners, change and mix them."
         share, partner = random_mix(self.augment.mixup, (self.seed, epoch, position), len(which))
         needed, seats = np.unique(np.concatenate([at, partner[at]]), return_inverse=True)
@@ -634,9 +572,7 @@ def gather_rows(
 _CHUNK = 50  # batches that are sorted together
 
 
-def _check_tokens(
-    tokens: Any,  # what should have ids, offsets and a length
-) -> None:
+def _check_tokens(tokens: Any) -> None:
     "Raise `ValueError` for arrays that are not texts."
     ids, offsets = tokens.ids, tokens.offsets
     if any(a.ndim != 1 or a.dtype.kind not in "iu" for a in (ids, offsets)):
@@ -680,10 +616,7 @@ class _Texts(_Stream):
 class TextBatches(_Texts):
     "Batches of (int64 ids (B, L), padded with 0, int64 labels (B,)) from texts in memory or memory-mapped."
 
-    def _permute(
-        self,
-        random: np.random.Generator,  # of the epoch
-    ) -> np.ndarray:  # positions in `rows`
+    def _permute(self, random: np.random.Generator) -> np.ndarray:
         order = super()._permute(random)
         if not self.bucket:
             return order

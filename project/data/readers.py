@@ -90,9 +90,7 @@ def _utf8(value: str, row: int) -> bytes:
         raise ValueError(f"row {row}: expected text, found half of a character ({e.reason})") from e
 
 
-def _offsets(
-    sizes: np.ndarray,  # bytes of each field
-) -> np.ndarray:  # where each begins, and the end
+def _offsets(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
@@ -189,11 +187,7 @@ class ImageError(ValueError):
     "Bytes that are not an image, or not one that may be decoded."
 
 
-def _open_image(
-    content: bytes | memoryview,  # a file
-    max_pixels: int,  # refuse more
-    formats: tuple[str, ...],  # allow only these
-) -> Image.Image:  # its head is read, its pixels are not
+def _open_image(content: bytes | memoryview, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
     "Read an image's head and check what it says."
     if not content:
         raise ImageError("expected an image, found an empty file")
@@ -493,10 +487,7 @@ def class_folders(
     return items, rejects, others
 
 # %% ../../nbs/data/20_readers.ipynb #79147405
-def _array(
-    shape: tuple[int, ...],  # of all images
-    memory: int,  # bytes that may be taken from memory
-) -> np.ndarray:  # unsigned bytes, not yet written
+def _array(shape: tuple[int, ...], memory: int) -> np.ndarray:
     "A place for all images: in memory, or mapped from a file that vanishes with it."
     nbytes = int(np.prod(shape))
     if nbytes <= memory:
@@ -555,12 +546,7 @@ def decode_all(
     return images[: len(kept)], np.array(kept, np.int64), rejects
 
 
-def _decoded(
-    read: Callable[[str], bytes],  # gives the bytes
-    name: str,  # of a file
-    size: int,  # edge of the result
-    channels: int,  # 3 or 1
-) -> np.ndarray | str:  # the image, or what is wrong with it
+def _decoded(read: Callable[[str], bytes], name: str, size: int, channels: int) -> np.ndarray | str:
     try:
         return decode_image(read(name), size, channels)
     except ImageError as e:

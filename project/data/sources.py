@@ -102,11 +102,7 @@ _FASHION = Published(
 )
 
 # %% ../../nbs/data/10_sources.ipynb #7acf0a8e
-def _pictures(
-    name: str,  # "images", or that of a part of another origin
-    also: tuple[str, ...],  # names of archives
-    *copies: tuple[str, str],  # known contents
-) -> PublishedFile:  # a folder of images, or an archive of one
+def _pictures(name: str, also: tuple[str, ...], *copies: tuple[str, str]) -> PublishedFile:
     "Class folders of images."
     return PublishedFile(name, also=also, folder=True, optional=name != "images", copies=copies)
 
@@ -152,9 +148,7 @@ _DOGS = Published(
 )
 
 # %% ../../nbs/data/10_sources.ipynb #ff700bdd
-def _articles(
-    beside: str = "",  # the other task that has them
-) -> PublishedFile:  # articles of another origin
+def _articles(beside: str = "") -> PublishedFile:
     "News from five collections, with a column that names the collection."
     copy = ("ae18fe390b1c355e9bd79172759b14e24c83ddb0d1396e2f70f77939f03ebde2", "1,377 articles of five collections")
     return PublishedFile("ood_articles.csv", optional=True, beside=beside, copies=(copy,))
@@ -271,10 +265,7 @@ def is_hidden(
     return any(p.startswith(".") or p == "__MACOSX" for p in parts) or parts[-1] in ("Thumbs.db", "desktop.ini")
 
 
-def _refusal(
-    info: zipfile.ZipInfo,  # a member
-    seen: set[str],  # names before it
-) -> str:  # empty where nothing is wrong
+def _refusal(info: zipfile.ZipInfo, seen: set[str]) -> str:
     "Why an archive with this member is not to be trusted."
     name = _member_name(info)
     parts = name.removesuffix("/").split("/")
@@ -291,9 +282,7 @@ def _refusal(
     return "a name that was there before" if name in seen else ""
 
 # %% ../../nbs/data/10_sources.ipynb #9a6f9ff3
-def _declared(
-    path: Path,  # a zip archive
-) -> int:  # below 65,535
+def _declared(path: Path) -> int:
     "How many members the end of an archive says it has; a damaged directory may show fewer."
     with path.open("rb") as f:
         f.seek(max(0, path.stat().st_size - 65_557))
@@ -519,10 +508,7 @@ def read_content(
     return content
 
 
-def _check_file(
-    path: Path,  # a file found somewhere
-    file: PublishedFile,  # what it should hold
-) -> None:
+def _check_file(path: Path, file: PublishedFile) -> None:
     "Raise `ValueError` unless `path` holds the published content, packed or not."
     content = read_content(path, file.size)
     if (found := sha256(content)) != file.sha256:
@@ -571,10 +557,7 @@ def hash_folder(
     return digest.hexdigest()
 
 
-def _hash_content(
-    path: Path,  # a file, a folder
-    f: PublishedFile,  # what it was looked for as
-) -> str:  # 64 hexadecimal digits
+def _hash_content(path: Path, f: PublishedFile) -> str:
     "The hash of what was found; archives of folders are hashed as they are."
     if path.is_dir():
         return hash_folder(path)
@@ -594,11 +577,7 @@ def _bad(path: Path, expected: str, found: str) -> ValueError:
     return ValueError(f"{path}: expected {expected}, found {found}. Fetch it again from its publisher, unchanged.")
 
 
-def _idx_shape(
-    path: Path,  # named in errors
-    content: bytes,  # of the file, unpacked
-    dims: int | None,  # how many dimensions it should have; None: any
-) -> tuple[int, ...]:  # its dimensions
+def _idx_shape(path: Path, content: bytes, dims: int | None) -> tuple[int, ...]:
     "Read and check the head of an IDX file."
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise _bad(path, "an IDX file of unsigned bytes (starting 00 00 08)", _described_start(content[:512]))
@@ -907,10 +886,7 @@ def _absence(p: Published, folder: Path) -> str:
     raise SourceError(f"{own}: expected {_wanted(p.needed)}, found only {found}{advice}")
 
 # %% ../../nbs/data/10_sources.ipynb #aea8327a
-def _from_setting(
-    p: Published,  # what to look for
-    setting: str,  # a folder, a file or a URL; empty: PROJECT_SOURCE is not set
-) -> dict[str, Path]:  # the paths of the files
+def _from_setting(p: Published, setting: str) -> dict[str, Path]:
     "What somebody named, by PROJECT_SOURCE or as an argument."
     if not setting:
         raise _NotHere("not set")
@@ -933,10 +909,7 @@ def _from_setting(
     return paths
 
 # %% ../../nbs/data/10_sources.ipynb #01ad65af
-def _checked(
-    p: Published,  # what is expected
-    paths: dict[str, Path] | None,  # where it was found
-) -> dict[str, Path]:  # the same paths
+def _checked(p: Published, paths: dict[str, Path] | None) -> dict[str, Path]:
     "The paths, if each holds the published content."
     if paths is None:
         raise _NotHere("none of the files are there")
@@ -949,25 +922,19 @@ def _checked(
     return paths
 
 
-def _from_installed(
-    p: Published,  # what to look for
-) -> dict[str, Path]:  # the paths of the files
+def _from_installed(p: Published) -> dict[str, Path]:
     "The folder of the Debian package, if it is installed."
     if not p.folder or not Path(p.folder).is_dir():
         raise _NotHere(f"{p.package} is not installed" if p.package else "no package holds them")
     return _checked(p, _in_folder(p, Path(p.folder)))
 
 # %% ../../nbs/data/10_sources.ipynb #42315b7d
-def _cache(
-    p: Published,  # whose files
-) -> Path:  # may not exist yet
+def _cache(p: Published) -> Path:
     "The folder that keeps what was fetched for a task."
     return cache_dir() / "sources" / p.task
 
 
-def _from_cache(
-    p: Published,  # what to look for
-) -> dict[str, Path]:  # the paths of the files
+def _from_cache(p: Published) -> dict[str, Path]:
     "What an earlier build fetched."
     if p.kaggle:
         record = _cache(p) / "kaggle.txt"
@@ -1005,14 +972,14 @@ Acquire::Retries "1";
 
 # %% ../../nbs/data/10_sources.ipynb #d4e4500e
 def _run(
-    command: list[str],  # program and arguments
-    cwd: Path,  # where to run it; its output is kept there
-    desc: str,  # for the progress display
-    timeout: float,  # seconds
-    stall: float = math.inf,  # seconds without anything new arriving
-    env: dict[str, str] | None = None,  # variables to add
-    every: float = 0.05,  # seconds between looks
-) -> str:  # what it printed
+    command: list[str],
+    cwd: Path,
+    desc: str,
+    timeout: float,
+    stall: float = math.inf,
+    env: dict[str, str] | None = None,
+    every: float = 0.05,
+) -> str:
     "Run a program that fetches into `cwd`, showing how much has arrived; its error lines become the reason."
     log, start = cwd / "output.txt", time.monotonic()
     env = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive", **(env or {})}
@@ -1040,9 +1007,7 @@ def _run(
     return output
 
 
-def _arrived(
-    folder: Path,  # where a program fetches to
-) -> float:  # in MB
+def _arrived(folder: Path) -> float:
     "The size of what has been fetched so far; files may come and go meanwhile."
     size = 0
     for path in (*folder.glob("*.deb"), *folder.glob("state/lists/**/*"), *folder.glob("kagglehub/**/*")):
@@ -1051,10 +1016,7 @@ def _arrived(
     return size / 1e6
 
 # %% ../../nbs/data/10_sources.ipynb #bf608ce7
-def _apt_download(
-    package: str,  # its name
-    here: Path,  # an empty folder
-) -> Path:  # the package file in it
+def _apt_download(package: str, here: Path) -> Path:
     "Download a package with the lists apt has, or else with lists of our own."
     for folder in ("state/lists/partial", "cache/archives/partial", "log"):
         (here / folder).mkdir(parents=True)
@@ -1074,9 +1036,7 @@ def _apt_download(
     return next(here.glob("*.deb"))
 
 
-def _from_apt(
-    p: Published,  # what to look for
-) -> dict[str, Path]:  # the paths of the files
+def _from_apt(p: Published) -> dict[str, Path]:
     "The Debian package, downloaded and unpacked into the cache; needs apt but not root."
     if not p.package:
         raise _NotHere("no package holds them")
@@ -1096,13 +1056,7 @@ def _from_apt(
     return _from_cache(p)
 
 # %% ../../nbs/data/10_sources.ipynb #85e06639
-def _download(
-    url: str,  # http or https
-    target: Path,  # the file to write
-    limit: int | None = None,  # refuse more bytes than this
-    timeout: float = 10,  # seconds without any answer
-    deadline: float = 900,  # seconds in all
-) -> None:
+def _download(url: str, target: Path, limit: int | None = None, timeout: float = 10, deadline: float = 900) -> None:
     "Fetch a URL into a file, with time-outs, a size limit and a progress display."
     start, done = time.monotonic(), 0
     request = urllib.request.Request(url, headers={"User-Agent": "project-data"})
@@ -1122,13 +1076,7 @@ def _download(
         raise ConnectionError(f"expected {total:,} bytes, found {done:,}: the connection broke")
 
 # %% ../../nbs/data/10_sources.ipynb #61ae07a3
-def _fetch_checked(
-    mirror: str,  # URL of a folder
-    file: PublishedFile,  # the file that should be in it
-    target: Path,  # where it goes
-    mirrors: list[str],  # those still worth asking; changed
-    failed: list[str],  # why not; changed
-) -> bool:  # whether it worked
+def _fetch_checked(mirror: str, file: PublishedFile, target: Path, mirrors: list[str], failed: list[str]) -> bool:
     "Fetch one file from one mirror; nothing stays of a wrong one."
     url = f"{mirror}/{file.name}.gz"
     try:
@@ -1146,9 +1094,7 @@ def _fetch_checked(
     return False
 
 
-def _from_mirrors(
-    p: Published,  # what to look for
-) -> dict[str, Path]:  # the paths of the files
+def _from_mirrors(p: Published) -> dict[str, Path]:
     "The published URLs, in order, each file checked before it counts."
     mirrors = list(p.mirrors)
     if not all(f.sha256 for f in p.files):
@@ -1166,11 +1112,7 @@ def _from_mirrors(
     return _from_cache(p)
 
 # %% ../../nbs/data/10_sources.ipynb #63ec53ac
-def _fetch_all(
-    p: Published,  # what to look for
-    url: str,  # a folder
-    get: Callable[[str, Path], None],  # fetches a URL into a path, or raises FileNotFoundError
-) -> dict[str, Path]:  # the paths of the files
+def _fetch_all(p: Published, url: str, get: Callable[[str, Path], None]) -> dict[str, Path]:
     "Fetch all files from below a URL, from its folder named as the task or from itself."
     here, url = _cache(p) / "named" / sha256(url.encode())[:12], url.rstrip("/")
     for folder in (f"{url}/{p.task}", url):
@@ -1193,10 +1135,7 @@ def _fetch_all(
     raise _NotHere(f"{url} gave neither {_wanted(p.needed[:1])} nor {p.task}/ with them")
 
 # %% ../../nbs/data/10_sources.ipynb #1a0b5fcc
-def _from_url(
-    p: Published,  # what to look for
-    url: str,  # of a folder: http, https or whatever fsspec knows (gs, s3, memory, …)
-) -> dict[str, Path]:  # the paths of the files
+def _from_url(p: Published, url: str) -> dict[str, Path]:
     "Files below a URL that somebody named."
     try:
         if urlsplit(url).scheme in ("http", "https"):
@@ -1211,10 +1150,7 @@ def _from_url(
         raise SourceError(f"{p.task}: PROJECT_SOURCE is {url!r}: {e or type(e).__name__}. {_CORRECT}") from e
 
 
-def _get_http(
-    url: str,  # of a file
-    target: Path,  # where it goes
-) -> None:
+def _get_http(url: str, target: Path) -> None:
     "Fetch a file; stores which don't say what they hold answer 403 for a file that is not there."
     try:
         _download(url, target)
@@ -1245,19 +1181,13 @@ _KAGGLE_SAYS = {
 }
 
 
-def _explain(
-    name: str,  # of a data set
-    error: str,  # what kagglehub says
-) -> str:  # what a person can do
+def _explain(name: str, error: str) -> str:
     "A reason, in words that help."
     told = (text for pattern, text in _KAGGLE_SAYS.items() if re.search(pattern, error))
     return next(told, "{error}").format(name=name, error=error.removeprefix("E: ")[:80])
 
 # %% ../../nbs/data/10_sources.ipynb #97e921dc
-def _in_kaggle(
-    p: Published,  # what to look for
-    folder: Path,  # what kagglehub fetched
-) -> dict[str, Path] | None:  # the paths of the files
+def _in_kaggle(p: Published, folder: Path) -> dict[str, Path] | None:
     "The files in what Kaggle gave, which may be a folder deeper."
     for place in (folder, *sorted(f for f in folder.iterdir() if f.is_dir())):
         if paths := _in_folder(p, place):
@@ -1265,12 +1195,7 @@ def _in_kaggle(
     return None
 
 
-def _fetch_kaggle(
-    p: Published,  # what to look for
-    name: str,  # one of its data sets
-    timeout: float,  # seconds
-    stall: float,  # seconds without anything arriving
-) -> None:
+def _fetch_kaggle(p: Published, name: str, timeout: float, stall: float) -> None:
     "Fetch a data set from Kaggle into the cache."
     here = _cache(p)
     kind, short = ("competition", name.partition("/")[2]) if name.startswith("competitions/") else ("dataset", name)
@@ -1282,11 +1207,7 @@ def _fetch_kaggle(
     write_text(here / "kaggle.txt", str(folder))
 
 # %% ../../nbs/data/10_sources.ipynb #01a0fc80
-def _from_kaggle(
-    p: Published,  # what to look for
-    timeout: float = 3600,  # seconds for one data set
-    stall: float = 60,  # seconds without anything arriving
-) -> dict[str, Path]:  # the paths of the files
+def _from_kaggle(p: Published, timeout: float = 3600, stall: float = 60) -> dict[str, Path]:
     "The data sets that the publisher put on Kaggle, the first that can be had."
     if not p.kaggle:
         raise _NotHere("it is not there")
@@ -1316,12 +1237,7 @@ _PLACES: dict[str, tuple[str, Callable[[Published], dict[str, Path]]]] = {
 }
 
 
-def _identify(
-    p: Published,  # what was looked for
-    origin: str,  # where it was found
-    paths: dict[str, Path],  # the files
-    tried: list[str],  # the places before it
-) -> Source:  # the files with their hashes
+def _identify(p: Published, origin: str, paths: dict[str, Path], tried: list[str]) -> Source:
     "Hash what was found; what has a published hash was checked already, in all places but PROJECT_SOURCE."
     files = [f for f in p.files if f.name in paths]
     checked = origin != "PROJECT_SOURCE"
@@ -1356,10 +1272,7 @@ def find(
     raise SourceError(_nowhere(p, tried))
 
 
-def _nowhere(
-    p: Published,  # what was looked for
-    tried: list[str],  # each place and its reason
-) -> str:  # a message for the person
+def _nowhere(p: Published, tried: list[str]) -> str:
     "What was tried, why each failed, and what to do."
     names = ", ".join(f"{f.name}.gz" for f in p.files) if p.package or not p.kaggle else _wanted(p.needed)
     install = f", or install the package {p.package}" if p.package else ""

@@ -45,9 +45,7 @@ class DataError(ValueError):
     "Processed data is missing, damaged, or of a version this code does not know."
 
 
-def _count_table(
-    counts: dict[str, dict[str, int]],  # split -> class -> rows
-) -> str:  # a table in markdown
+def _count_table(counts: dict[str, dict[str, int]]) -> str:
     "Rows by class and split."
     splits = list(counts)
     names = dict.fromkeys(name for split in splits for name in counts[split])
@@ -132,10 +130,7 @@ class Data:
         return f"**{self.manifest['title']}** (`{self.hash[:12]}`)\n\n{_count_table(self.manifest['counts'])}"
 
 # %% ../../nbs/data/50_store.ipynb #1f42399b
-def _compare(
-    path: Path,  # folder of the data
-    manifest: dict[str, Any],  # what it should hold
-) -> None:
+def _compare(path: Path, manifest: dict[str, Any]) -> None:
     "Raise unless each file has the hash that the manifest gives."
     for name, file in manifest["files"].items():
         if (found := sha256(path / name)) != file["sha256"]:
@@ -145,10 +140,7 @@ def _compare(
             )
 
 # %% ../../nbs/data/50_store.ipynb #3296478e
-def _read_manifest(
-    path: Path,  # folder of the data
-    task: str,  # the task it should be of
-) -> dict[str, Any]:  # the manifest, checked against the files' sizes
+def _read_manifest(path: Path, task: str) -> dict[str, Any]:
     "Read the manifest and check that this code can read what it describes."
     if not (path / "manifest.json").is_file():
         raise DataError(f"{show_path(path)}: expected processed data of {task}, found no manifest.json. {_again(task)}")
@@ -204,9 +196,7 @@ def open_data(
                 return data
 
 
-def _identity(
-    path: Path,  # folder of the data
-) -> tuple[int, ...]:  # changes when a build replaces it; empty where there is none
+def _identity(path: Path) -> tuple[int, ...]:
     "What tells a folder from the one that takes its place."
     try:
         found = path.stat()
@@ -215,10 +205,7 @@ def _identity(
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 # %% ../../nbs/data/50_store.ipynb #7ea17ee5
-def _open(
-    path: Path,  # folder of the data
-    task: str,  # a task's name
-) -> Data:  # memory-mapped
+def _open(path: Path, task: str) -> Data:
     "Open the files one by one."
     manifest = _read_manifest(path, task)
     images = texts = None
@@ -237,9 +224,7 @@ def _open(
     return data
 
 # %% ../../nbs/data/50_store.ipynb #e19d676a
-def _check_arrays(
-    data: Data,  # just opened
-) -> None:
+def _check_arrays(data: Data) -> None:
     "Raise unless the arrays are those that the manifest describes."
     rows, classes, labels = data.manifest["rows"], len(data.classes), data.labels
     expected, wrong = (rows, *data.manifest["shape"]), ""
@@ -258,10 +243,7 @@ def _check_arrays(
         raise DataError(f"{show_path(data.path)}: expected {wrong}. {_again(data.task)} --force")
 
 # %% ../../nbs/data/50_store.ipynb #1afb3b6f
-def _statistics(
-    images: np.ndarray,  # unsigned bytes
-    rows: np.ndarray,  # which of them
-) -> dict[str, float]:  # mean and standard deviation, as a share of full brightness
+def _statistics(images: np.ndarray, rows: np.ndarray) -> dict[str, float]:
     "Mean and spread of the pixels, exact."
     counts = np.zeros(256, np.int64)
     for _, some in pieces(images, rows):
@@ -271,10 +253,7 @@ def _statistics(
     return {"mean": total / n / 255, "std": ((n * squares - total * total) ** 0.5) / n / 255}
 
 # %% ../../nbs/data/50_store.ipynb #36093bec
-def _counts(
-    examples: Examples,  # what was read
-    splits: dict[str, np.ndarray],  # row numbers
-) -> dict[str, dict[str, int]]:  # split -> class -> rows
+def _counts(examples: Examples, splits: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
     "Rows of each class in each split; those of no class are counted as none."
     counts = {}
     for name, rows in splits.items():
@@ -284,24 +263,17 @@ def _counts(
     return counts
 
 # %% ../../nbs/data/50_store.ipynb #e9251902
-def _beside(
-    path: Path,  # folder of the data
-    what: str,  # "lock", "old" or "new"
-) -> Path:  # a hidden path beside it
+def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.{what}")
 
 
-def _restore(
-    path: Path,  # folder of the data; its lock is held
-) -> None:
+def _restore(path: Path) -> None:
     "Bring back the old data, if a build stopped in the moment between its two renames."
     if not path.exists() and _beside(path, "old").exists():
         _beside(path, "old").rename(path)
 
 
-def _recover(
-    path: Path,  # folder of the data
-) -> None:
+def _recover(path: Path) -> None:
     "The same for a reader: take the lock, because the build may still be going on."
     if not path.exists() and _beside(path, "old").exists():
         with locked(_beside(path, "lock")):
@@ -320,9 +292,7 @@ def _move_away(path: Path, old: Path) -> None:
 
 
 @contextmanager
-def _replacing(
-    path: Path,  # folder to make or replace; its lock is held
-) -> Iterator[Path]:  # an empty folder beside it
+def _replacing(path: Path) -> Iterator[Path]:
     "Write a folder beside `path`, then put it in its place; on an error it is removed and `path` is as it was."
     new, old = _beside(path, "new"), _beside(path, "old")
     for litter in (new, old):  # of a killed build; nobody else holds the lock
@@ -342,10 +312,7 @@ def _replacing(
 _PIECE = 1 << 24  # bytes written at once
 
 
-def _write_array(
-    f: BinaryIO,  # an open file
-    array: np.ndarray,  # in memory or mapped
-) -> None:
+def _write_array(f: BinaryIO, array: np.ndarray) -> None:
     "Write an array in NumPy's format; not np.save, which does not tell a full disk from other errors."
     header = np.lib.format.header_data_from_array_1_0(array) | {"fortran_order": False}
     np.lib.format.write_array_header_1_0(f, header)
@@ -354,10 +321,7 @@ def _write_array(
         f.write(np.ascontiguousarray(array[start : start + step]).data)
 
 
-def _write_files(
-    folder: Path,  # where to
-    contents: dict[str, Any],  # file name -> array or JSON value
-) -> dict[str, dict[str, Any]]:  # file name -> sha256 and size
+def _write_files(folder: Path, contents: dict[str, Any]) -> dict[str, dict[str, Any]]:
     "Write arrays and JSON, flushed to disk, and say what was written."
     for name, value in contents.items():
         try:
@@ -398,11 +362,7 @@ def _hold_out(
         raise SourceError(f"{task.name}: rows for {what}: {e}") from e
 
 # %% ../../nbs/data/50_store.ipynb #fcf299e2
-def _make_splits(
-    task: Task,  # says how much to hold out, and the seed
-    examples: Examples,  # cleaned
-    together: list[list[int]],  # training rows that must not be torn apart
-) -> dict[str, np.ndarray]:  # row numbers
+def _make_splits(task: Task, examples: Examples, together: list[list[int]]) -> dict[str, np.ndarray]:
     "Training, validation and test rows, and those of each other origin."
     parts = {name: np.flatnonzero(examples.part == i) for i, name in enumerate(examples.parts)}
     free, test = examples.part == 0, parts.pop("test", None)
@@ -418,13 +378,13 @@ def _make_splits(
 
 # %% ../../nbs/data/50_store.ipynb #b59b52bb
 def _manifest(
-    task: Task,  # what it is
-    source: Source,  # where it was found
-    examples: Examples,  # cleaned
-    splits: dict[str, np.ndarray],  # row numbers
-    files: dict[str, dict[str, Any]],  # what was written
-    report: dict[str, Any],  # of duplicates
-) -> dict[str, Any]:  # of JSON types
+    task: Task,
+    source: Source,
+    examples: Examples,
+    splits: dict[str, np.ndarray],
+    files: dict[str, dict[str, Any]],
+    report: dict[str, Any],
+) -> dict[str, Any]:
     "What the data is, where it came from, and what was left out."
     inputs = examples.inputs
     if isinstance(inputs, Texts):
@@ -456,9 +416,7 @@ def _test_part(examples: Examples, source: Source) -> str:
     return "published test set" if source.published else "test part of the files"
 
 
-def _described(
-    task: Task,  # what is built
-) -> dict[str, Any]:  # the part of the manifest that depends on this code alone
+def _described(task: Task) -> dict[str, Any]:
     "What makes other data of the same files when it changes."
     method = "by class, smallest PCG64 keys; near duplicates stay together"
     return {
@@ -472,12 +430,7 @@ def _described(
     }
 
 # %% ../../nbs/data/50_store.ipynb #da219062
-def _write(
-    task: Task,  # what it is
-    source: Source,  # where it was found
-    examples: Examples,  # what was read
-    folder: Path,  # where to
-) -> None:
+def _write(task: Task, source: Source, examples: Examples, folder: Path) -> None:
     "Write the files of processed data."
     examples, report = clean(examples, task.near)
     splits = _make_splits(task, examples, report.pop("together"))
@@ -493,9 +446,7 @@ def _write(
     _write_files(folder, {"manifest.json": _manifest(task, source, examples, splits, files, report)})
 
 # %% ../../nbs/data/50_store.ipynb #016df712
-def _track(
-    path: Path,  # folder of the data
-) -> str:  # what DVC says; empty where it does not track this folder
+def _track(path: Path) -> str:
     "Let DVC's cache have the data, if it is what `data.dvc` records."
     record = root() / "data.dvc"
     if not record.is_file() or not path.resolve().is_relative_to(root().resolve()):
@@ -513,11 +464,7 @@ def _track(
     return f"DVC failed with status {done.returncode}. {' '.join(told)}"
 
 # %% ../../nbs/data/50_store.ipynb #8e5114e2
-def _current(
-    path: Path,  # folder of the data
-    task: Task,  # what should be there
-    hashes: dict[str, str] | None,  # of the source files; None: any
-) -> Data | None:  # the data, if it is what a build would make
+def _current(path: Path, task: Task, hashes: dict[str, str] | None) -> Data | None:
     "The data at `path`, if it is whole and was made from these files in this way."
     try:
         data = open_data(task.name, path)
@@ -527,9 +474,7 @@ def _current(
     return data if {key: data.manifest.get(key) for key in expected} == expected else None
 
 
-def _refuse_foreign(
-    path: Path,  # folder of the data
-) -> None:
+def _refuse_foreign(path: Path) -> None:
     "Raise if a build would remove files that no build made."
     if path.exists() and not path.is_dir():
         raise DataError(f"{show_path(path)}: expected a folder or nothing, found a file. Choose another folder.")

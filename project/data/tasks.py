@@ -69,11 +69,7 @@ class Task:
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-def _read_pair(
-    source: Source,  # holds the files
-    part: str,  # "train" or "t10k"
-    classes: int,  # labels are below this
-) -> tuple[np.ndarray, np.ndarray]:  # images (N, H, W), labels (N,)
+def _read_pair(source: Source, part: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
     "Read one set of an MNIST-like publication."
     files = (source.files[f"{part}-images-idx3-ubyte"], source.files[f"{part}-labels-idx1-ubyte"])
     images, labels = read_idx(files[0], "images"), read_idx(files[1], "labels", classes)
@@ -90,9 +86,7 @@ def _read_pair(
     return images, labels
 
 
-def _read_fashion(
-    source: Source,  # the four files, found
-) -> Examples:  # training rows, then test rows
+def _read_fashion(source: Source) -> Examples:
     "Read Fashion-MNIST, or another set in its format."
     train, test = (_read_pair(source, part, len(_FASHION)) for part in ("train", "t10k"))
     images, labels = (np.concatenate(pair) for pair in zip(train, test, strict=True))
@@ -100,10 +94,7 @@ def _read_fashion(
     return Examples(images, labels.astype(np.int64), _FASHION, part, ("train", "test"))
 
 # %% ../../nbs/data/30_tasks.ipynb #5baefad6
-def _checked(
-    examples: Examples,  # just read
-    where: Path,  # the file or folder, for messages
-) -> Examples:  # the same
+def _checked(examples: Examples, where: Path) -> Examples:
     "Examples with at least two classes, and at least two training rows of each."
     sizes = np.bincount(examples.labels[examples.part == 0], minlength=len(examples.classes))
     if len(sizes) < 2 or sizes.min() < 2:
@@ -115,10 +106,7 @@ def _checked(
     return examples
 
 # %% ../../nbs/data/30_tasks.ipynb #95f6f586
-def _use_parts(
-    items: list[Item],  # as the folders say
-    where: Path,  # for messages
-) -> tuple[list[Item], int]:  # with parts "train" and "test" only, training rows first; how many were "valid"
+def _use_parts(items: list[Item], where: Path) -> tuple[list[Item], int]:
     "Give each published part its use."
     parts = {item.part for item in items}
     if "train" not in parts:
@@ -157,13 +145,13 @@ class _Found:
 
 # %% ../../nbs/data/30_tasks.ipynb #9a18f194
 def _read_images(
-    source: Source,  # "images", and parts of another origin
-    items_of: Callable[[Tree], Reading],  # what a tree holds
-    channels: int,  # 3: RGB, 1: grey
-    sizes: tuple[int, ...],  # edges to choose from: the smallest that most images fill
-    label_of: Callable[[str], str] = str,  # class name of a folder's name
-    outside: bool = False,  # whether images of another origin may be of no class
-) -> Examples:  # training rows first
+    source: Source,
+    items_of: Callable[[Tree], Reading],
+    channels: int,
+    sizes: tuple[int, ...],
+    label_of: Callable[[str], str] = str,
+    outside: bool = False,
+) -> Examples:
     "Decode images of class folders."
     found, where = _Found(), source.files["images"]
     with ExitStack() as stack:
@@ -196,13 +184,7 @@ def _read_images(
     return _checked(examples, where)
 
 # %% ../../nbs/data/30_tasks.ipynb #10f2fd7a
-def _position(
-    item: Item,  # an image
-    label: str,  # its class name
-    classes: tuple[str, ...],  # of the training set
-    outside: bool,  # whether another origin may bring other classes
-    where: Path,  # for messages
-) -> int:  # -1 for none
+def _position(item: Item, label: str, classes: tuple[str, ...], outside: bool, where: Path) -> int:
     "Where a label stands among the classes."
     if label in classes:
         return classes.index(label)
@@ -235,9 +217,7 @@ def _pixels(emotion: str, pixels: str, usage: str) -> tuple[Item, bytes] | str:
     return Item(_USAGES[usage.strip().casefold()], _EMOTIONS[int(emotion)], ""), file.getvalue()
 
 # %% ../../nbs/data/30_tasks.ipynb #31f18845
-def _pixel_rows(
-    tree: Tree,  # fer2013.csv or icml_face_data.csv; the images of its rows are added
-) -> Reading:  # images in the order of the table
+def _pixel_rows(tree: Tree) -> Reading:
     "Images that are numbers in a table."
     name = tree.table("fer2013.csv", "icml_face_data.csv")
     short, others = name.removesuffix(".gz"), len(tree.names) - 1
@@ -252,9 +232,7 @@ def _pixel_rows(
     return items, rejects, others + around
 
 
-def _read_faces(
-    source: Source,  # class folders, FER-2013's table, or an archive of either
-) -> Examples:  # grey
+def _read_faces(source: Source) -> Examples:
     "Read FER-2013, Human Face Emotions, or another set of faces in class folders."
 
     def items_of(tree: Tree) -> Reading:
@@ -273,9 +251,7 @@ def _table(
     return read_csv(path, columns, name.removesuffix(".gz"), member, rejects=rejects)
 
 
-def _labelled_files(
-    tree: Tree,  # labels.csv, and images/<id>.jpg or train/<id>.jpg
-) -> Reading:  # images in the order of the table
+def _labelled_files(tree: Tree) -> Reading:
     "Images whose labels are in a table."
     inside = [name for name in tree.names if name.count("/") == 1 and is_image(name)]
     files = {name.rpartition(".")[0].rpartition("/")[2]: name for name in inside}
@@ -294,9 +270,7 @@ def _labelled_files(
     return items, rejects, others + len(tree.names) - 1 - len(items)
 
 # %% ../../nbs/data/30_tasks.ipynb #14e004fc
-def _breed_folders(
-    tree: Tree,  # train/<breed>/…, perhaps with dogs.csv
-) -> Reading:  # images
+def _breed_folders(tree: Tree) -> Reading:
     "Images in class folders, compared with the table beside them."
     items, rejects, others = class_folders(tree)
     if not (table := tree.table("dogs.csv")):
@@ -312,9 +286,7 @@ def _breed_folders(
     return [item for item in items if item.name not in wrong], rejects, others - 1
 
 
-def _read_dogs(
-    source: Source,  # in either layout
-) -> Examples:  # RGB
+def _read_dogs(source: Source) -> Examples:
     "Read photos of dogs."
     return _read_images(
         source,
@@ -362,11 +334,7 @@ class _Rows:
         return _checked(Examples(texts, labels, _NEWS_CLASSES, part, parts, ids, rejects, notes), where)
 
 # %% ../../nbs/data/30_tasks.ipynb #aabe39ac
-def _add_other(
-    rows: _Rows,  # where they go
-    source: Source,  # may have articles of another origin
-    title_only: bool,  # whether only headlines are read
-) -> None:
+def _add_other(rows: _Rows, source: Source, title_only: bool) -> None:
     "Add the articles of other collections, each as a part."
     file = "ood_articles.csv"
     path = source.files.get(file)
@@ -381,9 +349,7 @@ def _add_other(
         rows.add(file, row, values[:1] if title_only else values, position, part)
 
 # %% ../../nbs/data/30_tasks.ipynb #4a177f54
-def _read_news(
-    source: Source,  # Fake.csv and True.csv
-) -> Examples:  # title and text
+def _read_news(source: Source) -> Examples:
     "Read ISOT's articles."
     rows = _Rows(needed=1)
     for label, file in enumerate(("Fake.csv", "True.csv")):
@@ -393,9 +359,7 @@ def _read_news(
     return rows.examples(("title", "text"), source.files["Fake.csv"].parent)
 
 # %% ../../nbs/data/30_tasks.ipynb #22787fd2
-def _read_titles(
-    source: Source,  # one table of headlines
-) -> Examples:  # titles
+def _read_titles(source: Source) -> Examples:
     "Read WELFake's headlines, or ISOT's."
     path, names, rows = source.files["titles.csv"], published("fake_titles").needed[0].names, _Rows(needed=0)
     welfake = "title" in csv_head(path, *names)
@@ -472,10 +436,7 @@ def get_task(
     return _TASKS[name]
 
 # %% ../../nbs/data/30_tasks.ipynb #b561dd08
-def _quotas(
-    sizes: np.ndarray,  # (C,) rows of each class
-    n: int,  # rows to hold out
-) -> np.ndarray:  # (C,) rows of each class to hold out, `n` in all
+def _quotas(sizes: np.ndarray, n: int) -> np.ndarray:
     "Share `n` among the classes by size; what rounding leaves goes to the largest remainders, first classes first."
     whole, rest = np.divmod(sizes * n, sizes.sum())
     whole[np.argsort(-rest, kind="stable")[: n - whole.sum()]] += 1

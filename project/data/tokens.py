@@ -60,9 +60,7 @@ class Tokens:
         return f"Tokens({len(self):,} rows, {len(self.ids):,} tokens)"
 
 
-def _packed(
-    rows: Iterable[Sequence[int] | np.ndarray],  # numbers of each row
-) -> Tokens:  # in memory
+def _packed(rows: Iterable[Sequence[int] | np.ndarray]) -> Tokens:
     "Put rows one after the other."
     arrays = [np.asarray(row, np.int32) for row in rows]
     offsets = np.zeros(len(arrays) + 1, np.int64)
@@ -89,7 +87,7 @@ _SIGNS = {
 }
 
 
-def _neutral() -> list[Any]:  # normalizers, in order
+def _neutral() -> list[Any]:
     "Take out what gives a publisher away, and make quotation marks and dashes plain; small letters come last."
     from tokenizers import normalizers
 
@@ -101,9 +99,7 @@ def _neutral() -> list[Any]:  # normalizers, in order
 _SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]")  # numbers 0 to 3
 
 
-def _words(
-    neutral: bool,  # whether to take out what tells publishers apart
-) -> "Tokenizer":  # without words
+def _words(neutral: bool) -> "Tokenizer":
     "A tokenizer of whole words, before training."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -138,10 +134,7 @@ def train_tokenizer(
     return tokenizer
 
 # %% ../../nbs/data/70_tokens.ipynb #76720f40
-def _check_texts(
-    texts: Sequence[Any],  # what should be strings
-    first: int = 0,  # number of the first of them
-) -> None:
+def _check_texts(texts: Sequence[Any], first: int = 0) -> None:
     "Raise `ValueError` for what cannot be tokenised."
     if isinstance(texts, (str, bytes)):
         raise ValueError("texts: expected a list of texts, got a single one; put it in a list")
@@ -155,9 +148,7 @@ def _check_texts(
                 raise ValueError(f"text {i}: expected text, found half of a character at position {e.start}") from e
 
 # %% ../../nbs/data/70_tokens.ipynb #c2a8127c
-def _parsed(
-    source: str | Path | bytes,  # a tokenizer.json, or its content
-) -> "Tokenizer":  # as it was saved
+def _parsed(source: str | Path | bytes) -> "Tokenizer":
     "Read a tokenizer; what cannot be read is named in the error."
     from tokenizers import Tokenizer
 
@@ -194,10 +185,7 @@ def read_tokenizer(
     return tokenizer
 
 # %% ../../nbs/data/70_tokens.ipynb #2929bf2a
-def _limited(
-    tokenizer: "Tokenizer",  # is left as it is
-    max_length: int,  # tokens a row
-) -> "Tokenizer":  # a copy that cuts rows off
+def _limited(tokenizer: "Tokenizer", max_length: int) -> "Tokenizer":
     "A copy of a tokenizer that gives at most so many tokens a row, and pads nothing."
     least = 1 + tokenizer.num_special_tokens_to_add(False)
     if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < least:
@@ -209,11 +197,7 @@ def _limited(
     return limited
 
 
-def _encoded(
-    tokenizer: "Tokenizer",  # with its limit
-    batches: Iterable[list[str]],  # texts
-    total: int,  # how many texts there are
-) -> Iterator[Tokens]:  # for each batch
+def _encoded(tokenizer: "Tokenizer", batches: Iterable[list[str]], total: int) -> Iterator[Tokens]:
     "Encode batch after batch, with a progress display."
     done = 0
     with progress(total, "encode", "texts") as display:
@@ -224,9 +208,7 @@ def _encoded(
             display.update(len(texts))
 
 
-def _concatenated(
-    parts: list[Tokens],  # in order
-) -> Tokens:  # in memory
+def _concatenated(parts: list[Tokens]) -> Tokens:
     "One after the other."
     lengths = [part.lengths for part in parts]
     offsets = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
@@ -244,10 +226,7 @@ def encode(
     return _concatenated(list(_encoded(_limited(tokenizer, max_length), batches, len(texts))))
 
 # %% ../../nbs/data/70_tokens.ipynb #f2e4f556
-def _write_tokens(
-    path: Path,  # the file to make
-    parts: Iterable[Tokens],  # in order
-) -> None:
+def _write_tokens(path: Path, parts: Iterable[Tokens]) -> None:
     "Write tokens as they come."
     lengths, total = [np.zeros(0, "<i4")], 0
     with atomic_path(path) as tmp, tmp.open("wb") as f:
@@ -259,10 +238,7 @@ def _write_tokens(
         f.write(rows.tobytes() + np.array([len(rows), total], "<i8").tobytes())
 
 
-def _read_tokens(
-    path: Path,  # from `_write_tokens`
-    rows: int,  # how many it should hold
-) -> Tokens | None:  # memory-mapped; None where there is no such file, or a damaged one
+def _read_tokens(path: Path, rows: int) -> Tokens | None:
     "Map tokens into memory."
     size = path.stat().st_size if path.is_file() else 0
     if size < 16:
@@ -316,9 +292,7 @@ def cached_tokens(
 _HIDDEN = ("[MASK]", "<mask>", "[UNK]", "<unk>")  # what stands in for a word, the first that a tokenizer knows
 
 
-def _word_spans(
-    encoding: Any,  # of one text
-) -> list[tuple[int, int, int, int]]:  # first token, the one after the last, first character, the one after the last
+def _word_spans(encoding: Any) -> list[tuple[int, int, int, int]]:
     "Where each word lies, among the tokens and in the text."
     spans: list[tuple[int, int, int, int]] = []
     before = None
@@ -331,10 +305,7 @@ def _word_spans(
     return spans
 
 
-def _log_odds(
-    p: np.ndarray,  # (B, classes) probabilities
-    target: int,  # the class in question
-) -> np.ndarray:  # (B,)
+def _log_odds(p: np.ndarray, target: int) -> np.ndarray:
     "How much likelier a class is than the others, whose sum has digits left where 1 - p has none."
     others = np.delete(p.astype(np.float64), target, 1).sum(1)
     return np.log(p[:, target].astype(np.float64).clip(1e-12)) - np.log(others.clip(1e-12))

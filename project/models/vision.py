@@ -375,9 +375,7 @@ _OUR_BLOCK_NAMES = {
 }
 
 
-def _our_name(
-    name: str,  # as published: "_blocks.3._bn1.weight"
-) -> str:  # ours: "blocks.3.depthwise.norm.weight"
+def _our_name(name: str) -> str:
     "What a published weight is called here; a name that is not known stays."
     first, *rest = name.split(".")
     if first != "_blocks" or len(rest) < 2:
@@ -385,7 +383,7 @@ def _our_name(
     return ".".join(["blocks", rest[0], _OUR_BLOCK_NAMES.get(rest[1], rest[1]), *rest[2:]])
 
 # %% ../../nbs/models/10_vision.ipynb #64920202
-def _lite0_file() -> Path:  # the weights, 19 MB
+def _lite0_file() -> Path:
     "Where the package lies, without importing it."
     spec = importlib.util.find_spec(_LITE0.replace("-", "_"))
     folders = (spec.submodule_search_locations if spec else None) or []
@@ -414,10 +412,7 @@ def published_lite0() -> EfficientNetLite0:  # in training mode
     return net
 
 # %% ../../nbs/models/10_vision.ipynb #3fdf124d
-def _new_head(
-    features: int,  # numbers an embedding has
-    num_classes: int,  # how many classes
-) -> nn.Linear:  # nearly zero
+def _new_head(features: int, num_classes: int) -> nn.Linear:
     "A head for features that are already good."
     head = nn.Linear(features, num_classes)
     nn.init.normal_(head.weight, std=0.01)
@@ -448,9 +443,7 @@ def freeze_(
 _POINTWISE: Any = getattr(getattr(torch.ops, "mkldnn", None), "_convolution_pointwise", None)
 
 
-def _fused(
-    dtype: torch.dtype,  # of the numbers
-) -> bool:  # whether this CPU has convolutions with an activation for it
+def _fused(dtype: torch.dtype) -> bool:
     "Whether a convolution and its activation can be one operation here."
     if not (_POINTWISE and torch.backends.mkldnn.is_available()):
         return False
@@ -476,10 +469,7 @@ class _Folded(nn.Module):
         return _POINTWISE(x, weight, c.bias, c.padding, c.stride, c.dilation, c.groups, *act)
 
 # %% ../../nbs/models/10_vision.ipynb #96bddb18
-def _reader(
-    net: ImageClassifier,  # any network of this page
-    precision: str,  # "fp32" or "bf16"
-) -> ImageClassifier:  # a copy that gives the same features, sooner
+def _reader(net: ImageClassifier, precision: str) -> ImageClassifier:
     "A copy for reading only; the given network is left as it is."
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
@@ -494,9 +484,7 @@ def _reader(
     return net
 
 
-def _as_bytes(
-    images: np.ndarray,  # (B, H, W) or (B, H, W, C)
-) -> torch.Tensor:  # (B, C, H, W)
+def _as_bytes(images: np.ndarray) -> torch.Tensor:
     "Images as networks take them."
     x = torch.from_numpy(np.ascontiguousarray(images))
     return x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
@@ -576,10 +564,7 @@ class _Summary(nn.Module):
         return summary.flatten(1)
 
 # %% ../../nbs/models/10_vision.ipynb #3ac2887e
-def _library(
-    name: str,  # of a package
-    model: str,  # that needs it
-) -> Any:  # the package
+def _library(name: str, model: str) -> Any:
     "An optional package, or what to install."
     try:
         return importlib.import_module(name)
@@ -599,9 +584,7 @@ def _cache_only() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _hub_answers(
-    seconds: float = 5,  # to wait
-) -> bool:  # whether a download is worth trying
+def _hub_answers(seconds: float = 5) -> bool:
     "Ask the hub once."
     constants: Any = importlib.import_module("huggingface_hub.constants")
     try:
@@ -612,11 +595,7 @@ def _hub_answers(
     return True
 
 # %% ../../nbs/models/10_vision.ipynb #b272dcbf
-def _from_hub(
-    model: str,  # "hf:microsoft/resnet-18"
-    load: Callable[[], Any],  # reads the weights, or raises
-    local: bool = False,  # whether they are files of one's own, with nothing to download
-) -> Any:  # what `load` gives
+def _from_hub(model: str, load: Callable[[], Any], local: bool = False) -> Any:
     "Read weights from the cache, or download them; one error says what was tried."
     tried = "read it" if local else "looked in the cache"
     try:
@@ -643,9 +622,7 @@ def _from_hub(
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in units of 255
 
 
-def _edge(
-    *sizes: Any,  # 224, [224, 224], {"height": 224, "width": 224}, {"shortest_edge": 224} or None
-) -> int:  # of the first that is there; else 224
+def _edge(*sizes: Any) -> int:
     "The edge of the images a network wants."
     for size in sizes:
         found = list(size.values()) if isinstance(size, dict) else size if isinstance(size, (list, tuple)) else [size]
@@ -655,9 +632,7 @@ def _edge(
 
 
 @contextlib.contextmanager
-def _hushed(
-    transformers: Any,  # the package
-) -> Iterator[None]:
+def _hushed(transformers: Any) -> Iterator[None]:
     "No bars and no report of weights that are rightly left out."
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
@@ -671,11 +646,7 @@ def _hushed(
             log.enable_progress_bar()
 
 # %% ../../nbs/models/10_vision.ipynb #9a3f9ae8
-def _hf(
-    name: str,  # "microsoft/resnet-18", or a folder
-    num_classes: int,  # how many classes
-    channels: int,  # of the images: 1 or 3
-) -> Borrowed:  # with a new head
+def _hf(name: str, num_classes: int, channels: int) -> Borrowed:
     "A network for images from transformers."
     local = Path(name).expanduser().is_dir()
     if not local and (name[0] in "./~" or "\\" in name or name.count("/") > 1):
@@ -699,12 +670,7 @@ def _hf(
     return _from_hub(f"hf:{name}", load, local)
 
 
-def _hf_classifier(
-    transformers: Any,  # the package
-    name: str,  # of the model
-    model: Any,  # with its weights
-    num_classes: int,  # how many classes
-) -> Borrowed:  # with a new head
+def _hf_classifier(transformers: Any, name: str, model: Any, num_classes: int) -> Borrowed:
     "A model of transformers with the preparation of images that lies beside it."
     try:
         found = transformers.ImageProcessingMixin.get_image_processor_dict(name)[0]
@@ -722,11 +688,7 @@ def _hf_classifier(
     return Borrowed(_Summary(model), num_classes, size, mean, std)
 
 # %% ../../nbs/models/10_vision.ipynb #891115bd
-def _timm(
-    name: str,  # "mobilenetv3_small_100", "vit_small_patch16_224.augreg_in1k"
-    num_classes: int,  # how many classes
-    channels: int,  # of the images: 1 or 3
-) -> Borrowed:  # with a new head
+def _timm(name: str, num_classes: int, channels: int) -> Borrowed:
     "A network for images from timm."
     timm = _library("timm", f"timm:{name}")
     if not timm.is_model(name.split("/")[-1]) and not name.startswith("hf-hub:"):

@@ -383,9 +383,7 @@ def catch_signals() -> Iterator[Callable[[], None]]:  # to be called when what w
             signal.signal(number, handler or signal.SIG_DFL)
 
 # %% ../../nbs/runs/40_client.ipynb #f5f028f9
-def _exit_of(
-    client: Client | None,  # whose kernel died
-) -> str:  # in words
+def _exit_of(client: Client | None) -> str:
     "What killed a kernel, as far as it can be known."
     code = getattr(client and client.process, "returncode", None)
     if code is None or code >= 0:

@@ -31,9 +31,7 @@ from .receipt import Verdict, _cells, _first_line, _read_notebook, _text, code_h
 from .record import _is_ahead, _read_metrics, list_runs
 
 # %% ../../nbs/runs/70_compare.ipynb #5dd68fd5
-def _say(
-    value: Any,  # of a parameter, a metric, the environment
-) -> str:  # one line that can be printed
+def _say(value: Any) -> str:
     "A value as a person reads it."
     if value is None:
         return "-"
@@ -44,17 +42,13 @@ def _say(
     return text if len(text) <= 120 else text[:119] + "…"
 
 
-def _columns(
-    rows: Sequence[Sequence[str]],  # alike rows
-) -> list[str]:  # lines
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     "Rows of text with their columns below each other."
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 # %% ../../nbs/runs/70_compare.ipynb #0e5a240d
-def _verdict(
-    record: Mapping[str, Any],  # of a run, with its folder as "path"
-) -> Verdict | None:  # None: it has no executed notebook
+def _verdict(record: Mapping[str, Any]) -> Verdict | None:
     "What its receipt says of a run; `ValueError` where the notebook has none."
     folder = Path(record["path"])
     if not (folder / "notebook.ipynb").is_file():
@@ -159,18 +153,13 @@ class _Shown:
     images: tuple[str, ...] = ()
 
 
-def _image(
-    kind: str,  # "image/png"
-    content: str,  # base64, or SVG as it is
-) -> str:  # data URI
+def _image(kind: str, content: str) -> str:
     "A picture that stands in a page by itself. As the source of `img` an SVG runs no script."
     data = base64.b64encode(content.encode()).decode() if kind == "image/svg+xml" else "".join(content.split())
     return f"data:{kind};base64,{data}"
 
 # %% ../../nbs/runs/70_compare.ipynb #2661074a
-def _shown(
-    cell: Mapping[str, Any],  # a code cell that was executed
-) -> _Shown:
+def _shown(cell: Mapping[str, Any]) -> _Shown:
     "What a cell shows."
     text, images = [], []
     for output in cell.get("outputs", []):
@@ -207,9 +196,7 @@ _MASKS = [
 _RUN = re.compile(r"(?<!\d)\d{8}-\d{6}-[\w.-]{0,80}?-[0-9a-f]{4}(?!\w)")
 
 # %% ../../nbs/runs/70_compare.ipynb #e9baae0f
-def _mask_runs(
-    text: str,
-) -> str:  # with <run> for every run
+def _mask_runs(text: str) -> str:
     "Replace the ids of runs, each with the path before it."
     parts, end = [], 0
     for found in _RUN.finditer(text):
@@ -226,9 +213,7 @@ def _is_timing(name: str) -> bool:
     return "seconds" in name or "per_s" in name
 
 
-def _mask_columns(
-    text: str,
-) -> str:
+def _mask_columns(text: str) -> str:
     "Replace what stands below a head such as `seconds` in tables of Markdown."
     lines: list[str] = []
     timed: list[bool] = []
@@ -244,9 +229,7 @@ def _mask_columns(
     return "\n".join(lines)
 
 # %% ../../nbs/runs/70_compare.ipynb #6bc4aebb
-def _settle(
-    text: str,  # what a cell shows
-) -> str:  # what of it should be the same the next time
+def _settle(text: str) -> str:
     "Replace what is different every time."
     if "\r" in text:  # a line that was written over shows its last state
         text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
@@ -262,11 +245,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _close(
-    a: Any,
-    b: Any,
-    tolerance: float,  # relative
-) -> bool:
+def _close(a: Any, b: Any, tolerance: float) -> bool:
     "Whether two values are the same, numbers within the tolerance."
     if _is_number(a) and _is_number(b):
         return a == b or (a != a and b != b) or abs(a - b) <= tolerance * max(abs(a), abs(b))
@@ -276,11 +255,7 @@ def _close(
 _NUMBERS = re.compile(f"({_NUMBER})")
 
 
-def _same_text(
-    a: str,
-    b: str,
-    tolerance: float,  # of the numbers in it
-) -> bool:
+def _same_text(a: str, b: str, tolerance: float) -> bool:
     "Whether two texts say the same."
     if a == b or not tolerance:
         return a == b
@@ -291,12 +266,7 @@ def _same_text(
     return all(_close(p, q, tolerance) for p, q in zip(*numbers, strict=True))
 
 # %% ../../nbs/runs/70_compare.ipynb #550d99c6
-def _settled(
-    a: str,
-    b: str,
-    tolerance: float = 0.0,  # of the numbers in it
-    lines: int = 5000,  # of a part
-) -> tuple[str, str]:  # both parts without what is different every time; equal and empty, where all say the same
+def _settled(a: str, b: str, tolerance: float = 0.0, lines: int = 5000) -> tuple[str, str]:
     "The first parts of two texts that do not say the same."
     x, y = a.rstrip("\n").split("\n"), b.rstrip("\n").split("\n")
     for at in range(0, max(len(x), len(y)), lines):
@@ -308,11 +278,7 @@ def _settled(
     return "", ""
 
 # %% ../../nbs/runs/70_compare.ipynb #c77d42c6
-def _near(
-    a: str,  # a line
-    b: str,  # the line it is held against
-    width: int = 140,  # characters to keep
-) -> tuple[str, str]:
+def _near(a: str, b: str, width: int = 140) -> tuple[str, str]:
     "Two lines, cut to where they begin to differ."
     if len(a) <= width and len(b) <= width:
         return a, b
@@ -321,12 +287,7 @@ def _near(
     return cut[0], cut[1]
 
 # %% ../../nbs/runs/70_compare.ipynb #f2788935
-def _diff(
-    a: str,
-    b: str,
-    lines: int = 16,  # how many to show
-    window: int = 60,  # how many to look at, from the first that differs
-) -> str:  # lines that begin with a space, "-" or "+"; the last may be "…"
+def _diff(a: str, b: str, lines: int = 16, window: int = 60) -> str:
     "The first differences of two texts."
     x, y = a.splitlines(), b.splitlines()
     head = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
@@ -371,17 +332,13 @@ class _Book:
     shown: list[_Shown]
 
 
-def _read_book(
-    nb: Mapping[str, Any],  # an executed notebook's JSON
-) -> _Book:
+def _read_book(nb: Mapping[str, Any]) -> _Book:
     "What is compared of a notebook."
     cells = _cells(nb, "code")
     return _Book([_text(c["source"]) for c in cells], code_hashes(nb), [_shown(c) for c in cells])
 
 
-def _open_book(
-    record: Mapping[str, Any],  # of a run
-) -> _Book | None:  # None: no executed notebook that can be read
+def _open_book(record: Mapping[str, Any]) -> _Book | None:
     "The executed notebook of a run."
     try:
         return _read_book(_read_notebook(Path(record["path"]) / "notebook.ipynb"))
@@ -389,11 +346,7 @@ def _open_book(
         return None
 
 # %% ../../nbs/runs/70_compare.ipynb #a692e066
-def _code_changes(
-    run: int,  # position of the other run
-    a: _Book,
-    b: _Book,
-) -> Iterator[Change]:
+def _code_changes(run: int, a: _Book, b: _Book) -> Iterator[Change]:
     "The code cells that differ, or that only one of two runs has."
     for i, j in align(a.hashes, b.hashes):
         if i is None or j is None or a.hashes[i] != b.hashes[j]:
@@ -401,11 +354,7 @@ def _code_changes(
             yield Change(run, i, j, _first_line(new or old), _diff(old, new, lines=40, window=400))
 
 
-def _output_changes(
-    run: int,  # position of the other run
-    a: _Book,
-    b: _Book,
-) -> Iterator[Change]:
+def _output_changes(run: int, a: _Book, b: _Book) -> Iterator[Change]:
     "The cells of both runs whose outputs differ."
     for i, j in align(a.hashes, b.hashes):
         if i is None or j is None or a.shown[i] == b.shown[j]:
@@ -448,9 +397,7 @@ def seed_runs(
     return list(found.values())
 
 # %% ../../nbs/runs/70_compare.ipynb #13d5e067
-def _limit(
-    n: int,  # seeds, 3 or more
-) -> float:
+def _limit(n: int) -> float:
     "Student's two-sided 95 % quantile for n - 1 degrees of freedom; beyond 10 to within 0.01 by a simple formula."
     table = (4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
     return table[n - 3] if n - 3 < len(table) else 1.96 + 2.6 / (n - 1)
@@ -480,9 +427,7 @@ STATISTIC = (
 )
 
 
-def _labels(
-    n: int,  # how many runs
-) -> list[str]:  # A, B, C …
+def _labels(n: int) -> list[str]:
     "Short names for runs."
     return [chr(65 + i) if i < 26 else f"R{i + 1}" for i in range(n)]
 
@@ -515,27 +460,20 @@ class Comparison:
         return _as_page(self)
 
 # %% ../../nbs/runs/70_compare.ipynb #e10889e3
-def _differing(
-    columns: Sequence[Mapping[str, Any]],  # values by name, one mapping a run
-) -> dict[str, list[Any]]:  # None where a run has none
+def _differing(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     "The names whose values are not the same in all runs."
     names = dict.fromkeys(k for c in columns for k in c)
     rows = {name: [c.get(name) for c in columns] for name in names}
     return {name: row for name, row in rows.items() if len({value_key(v) for v in row}) > 1}
 
 
-def _given(
-    records: Sequence[Mapping[str, Any]],
-) -> list[dict[str, Any]]:  # by name, one mapping a run
+def _given(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     "What runs were given: their parameters, and all that their recipes say where each run has recorded it."
     whole = all(r.get("plan") for r in records)
     return [r["parameters"] | (r["plan"] if whole else {}) for r in records]
 
 
-def _surroundings(
-    record: Mapping[str, Any],
-    modules: bool,  # whether all runs have receipts, which name them
-) -> dict[str, Any]:
+def _surroundings(record: Mapping[str, Any], modules: bool) -> dict[str, Any]:
     "What a run stood on beside its parameters."
     found = {
         "notebook": record.get("notebook"),
@@ -547,9 +485,7 @@ def _surroundings(
     return found | _flat_environment(record) | {f"module {k}": v for k, v in hashes.items()}
 
 # %% ../../nbs/runs/70_compare.ipynb #e381fc77
-def _metrics(
-    records: Sequence[Mapping[str, Any]],
-) -> dict[str, dict[str, Any]]:
+def _metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     "Every metric of any run: values, differences to the first, and what they mean."
     group, found = seed_runs(records[0]), {}
     for name in dict.fromkeys(k for r in records for k in r["metrics"]):
@@ -595,9 +531,7 @@ def compare(
     )
 
 # %% ../../nbs/runs/70_compare.ipynb #69940576
-def _metric_rows(
-    c: Comparison,
-) -> list[list[str]]:  # a row a metric and run, with a head
+def _metric_rows(c: Comparison) -> list[list[str]]:
     "The metrics of each run beside those of the first."
     names = _labels(len(c.records))
     rows = [["metric", names[0], "run", "value", "difference", "held against the seeds"]]
@@ -609,10 +543,7 @@ def _metric_rows(
     return rows
 
 # %% ../../nbs/runs/70_compare.ipynb #81b2f179
-def _value_rows(
-    c: Comparison,
-    values: Mapping[str, list[Any]],  # by name
-) -> list[list[str]]:  # a row a name, with a head
+def _value_rows(c: Comparison, values: Mapping[str, list[Any]]) -> list[list[str]]:
     "Values of each run."
     cut = {name: [_say(v)[:40] for v in row] for name, row in values.items()}
     return [["", *_labels(len(c.records))], *([name, *row] for name, row in cut.items())] if values else []
@@ -627,10 +558,7 @@ def _run_rows(c: Comparison) -> list[list[str]]:
     return rows
 
 # %% ../../nbs/runs/70_compare.ipynb #1ce65d0b
-def _where(
-    c: Comparison,
-    change: Change,
-) -> str:  # "cell 3 of A, 4 of B: the first line"
+def _where(c: Comparison, change: Change) -> str:
     "Which cell a change is about."
     names = _labels(len(c.records))
     here = f"cell {change.here} of {names[0]}" if change.here is not None else f"not in {names[0]}"
@@ -647,9 +575,7 @@ def _change_lines(c: Comparison, changes: Sequence[Change]) -> list[str]:
     return lines
 
 
-def _as_text(
-    c: Comparison,
-) -> str:
+def _as_text(c: Comparison) -> str:
     "A comparison to be read in a terminal."
     parts = {
         "Parameters": _columns(_value_rows(c, c.parameters)),
@@ -699,9 +625,7 @@ svg polyline { fill: none; stroke-width: 1.8; }
 """
 
 # %% ../../nbs/runs/70_compare.ipynb #f36e1c8b
-def _page_table(
-    rows: Sequence[Sequence[str]],  # the first is the head
-) -> str:
+def _page_table(rows: Sequence[Sequence[str]]) -> str:
     "A table that scrolls in its own box."
     if len(rows) < 2:
         return "<p>no difference</p>"
@@ -717,19 +641,14 @@ def _tone(cell: str) -> str:
     return ' class="beyond"' if cell.startswith("beyond seed noise") else ""
 
 # %% ../../nbs/runs/70_compare.ipynb #637ddb42
-def _page_diff(
-    diff: str,
-) -> str:
+def _page_diff(diff: str) -> str:
     "A unified diff with its lines in colour."
     tones = {"-": "old", "+": "new"}
     lines = [f'<span class="{tones.get(s[:1], "")}">{escape(s)}</span>' for s in diff.splitlines()]
     return "<pre>" + "\n".join(lines) + "</pre>" if lines else ""
 
 
-def _page_changes(
-    c: Comparison,
-    changes: Sequence[Change],
-) -> str:
+def _page_changes(c: Comparison, changes: Sequence[Change]) -> str:
     "Changes, one below the other."
     found = [
         f"<h3>{escape(_where(c, change))}</h3>{_page_diff(change.diff)}" + "<p>the figure differs</p>" * change.figure
@@ -738,10 +657,7 @@ def _page_changes(
     return "".join(found) or "<p>no difference</p>"
 
 # %% ../../nbs/runs/70_compare.ipynb #d5336d73
-def _ticks(
-    low: float,
-    high: float,
-) -> dict[float, str]:  # value -> label, with as many digits as tell it from the next
+def _ticks(low: float, high: float) -> dict[float, str]:
     "About four round numbers in a range."
     raw = (high - low) / 5
     if not 0 < raw < math.inf:
@@ -754,17 +670,13 @@ def _ticks(
     return {v: f"{v:.{digits}g}" for v in values}
 
 # %% ../../nbs/runs/70_compare.ipynb #0e23133b
-def _span(
-    values: Sequence[float],
-) -> tuple[float, float]:
+def _span(values: Sequence[float]) -> tuple[float, float]:
     "Lowest and highest, never the same."
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
 
 
-def _curves(
-    records: Sequence[Mapping[str, Any]],
-) -> dict[str, list[list[tuple[float, float]]]]:  # metric -> points of each run
+def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[list[tuple[float, float]]]]:
     "What metrics.csv holds, by metric; at most some 300 points of a run."
     rows = [_read_metrics(Path(r["path"]) / "metrics.csv") for r in records]
     names = dict.fromkeys(k for run in rows for row in run for k in row if k not in ("step", "epoch"))
@@ -781,10 +693,7 @@ _DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
 
 
 def _axes(
-    name: str,  # of the metric
-    xs: tuple[float, float],
-    ys: tuple[float, float],
-    at: Callable[[float, float], tuple[float, float]],  # value -> place in the drawing
+    name: str, xs: tuple[float, float], ys: tuple[float, float], at: Callable[[float, float], tuple[float, float]]
 ) -> Iterator[str]:
     "Grid, numbers and names of both axes."
     for y, label in _ticks(*ys).items():
@@ -798,10 +707,7 @@ def _axes(
     yield f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(name)}</text>'
 
 # %% ../../nbs/runs/70_compare.ipynb #022753a4
-def _chart(
-    name: str,  # of the metric
-    lines: Sequence[Sequence[tuple[float, float]]],  # points of each run
-) -> str:  # SVG
+def _chart(name: str, lines: Sequence[Sequence[tuple[float, float]]]) -> str:
     "One metric over the steps, a line a run."
     points = [p for line in lines for p in line]
     xs, ys = _span([x for x, _ in points]), _span([y for _, y in points])
@@ -824,9 +730,7 @@ def _chart(
     return f'<svg viewBox="0 0 {_W} {_H}" {title}>{"".join(parts)}</svg>'
 
 # %% ../../nbs/runs/70_compare.ipynb #d2f382a9
-def _figure_rows(
-    books: Sequence[_Book | None],
-) -> Iterator[list[int | None]]:  # the cell's number in each run
+def _figure_rows(books: Sequence[_Book | None]) -> Iterator[list[int | None]]:
     "The cells that show a figure in any run, in the order of the first."
     if not (first := books[0]):
         return
@@ -840,9 +744,7 @@ def _figure_rows(
             yield row
 
 # %% ../../nbs/runs/70_compare.ipynb #f38a6400
-def _page_figures(
-    c: Comparison,
-) -> str:
+def _page_figures(c: Comparison) -> str:
     "The figures of all runs, cell by cell."
     found = []
     for row in _figure_rows(c.books):
@@ -857,9 +759,7 @@ def _page_figures(
     return "".join(found) or "<p>no figures</p>"
 
 # %% ../../nbs/runs/70_compare.ipynb #04e2cc8d
-def _as_page(
-    c: Comparison,
-) -> str:
+def _as_page(c: Comparison) -> str:
     "A comparison as one page."
     charts = [f"<figure>{_chart(name, lines)}</figure>" for name, lines in _curves(c.records).items()]
     sections = {
@@ -883,9 +783,7 @@ def _as_page(
     )
 
 # %% ../../nbs/runs/70_compare.ipynb #d02b289e
-def _must_stand(
-    record: Mapping[str, Any],
-) -> Verdict:
+def _must_stand(record: Mapping[str, Any]) -> Verdict:
     "The verdict on a run that can be reproduced; `ValueError` says why it cannot."
     if record["status"] == "unreadable":
         raise ValueError(f"run {record['id']} cannot be reproduced: {record['reason']}")
@@ -903,9 +801,7 @@ def _must_stand(
     raise ValueError(f"run {record['id']} cannot be reproduced, {why}")
 
 # %% ../../nbs/runs/70_compare.ipynb #6f384d49
-def _unrun(
-    nb: Mapping[str, Any],  # an executed notebook's JSON
-) -> dict[str, Any]:
+def _unrun(nb: Mapping[str, Any]) -> dict[str, Any]:
     "The notebook as it was before papermill."
     cells = []
     for cell in nb["cells"]:
@@ -918,9 +814,7 @@ def _unrun(
     return {**nb, "metadata": about, "cells": cells}
 
 # %% ../../nbs/runs/70_compare.ipynb #4a78e1cc
-def _values(
-    nb: Mapping[str, Any],  # an executed notebook's JSON
-) -> dict[str, Any]:
+def _values(nb: Mapping[str, Any]) -> dict[str, Any]:
     "The parameters to execute it with: those of its receipt, a new run, no W&B."
     names = notebook_contract(nb).names
     own = {k: v for k, v in {"resume": False, "wandb": "disabled"}.items() if k in names}
@@ -928,10 +822,7 @@ def _values(
 
 # %% ../../nbs/runs/70_compare.ipynb #6c9cb7d9
 @contextlib.contextmanager
-def _earlier_runs(
-    record: Mapping[str, Any],
-    runs: Path,  # folder of the new run
-) -> Iterator[None]:
+def _earlier_runs(record: Mapping[str, Any], runs: Path) -> Iterator[None]:
     "Links to the runs that were there before a run."
     links = []
     for earlier in list_runs(Path(record["path"]).parent.absolute()):
@@ -950,12 +841,8 @@ def _earlier_runs(
 
 # %% ../../nbs/runs/70_compare.ipynb #2f2ddf7f
 def _execute_again(
-    record: Mapping[str, Any],
-    nb: Mapping[str, Any],  # its executed notebook
-    work: Path,  # an empty folder
-    runs: Path,  # folder of the new run
-    progress: bool,
-) -> tuple[dict[str, Any], str]:  # the new executed notebook, and what went wrong
+    record: Mapping[str, Any], nb: Mapping[str, Any], work: Path, runs: Path, progress: bool
+) -> tuple[dict[str, Any], str]:
     "Execute a notebook again with the same parameters."
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -975,11 +862,7 @@ def _execute_again(
     return _read_notebook(target), problem
 
 # %% ../../nbs/runs/70_compare.ipynb #5bd9d6bd
-def _number_differences(
-    old: Path,  # a run's folder
-    new: Path,  # that of the run to hold against it
-    tolerance: float,
-) -> Iterator[str]:
+def _number_differences(old: Path, new: Path, tolerance: float) -> Iterator[str]:
     "Differences of the final metrics and of metrics.csv."
     a, b = (read_json(p / "run.json")["metrics"] for p in (old, new))
     for name in dict.fromkeys([*a, *b]):
@@ -1037,11 +920,7 @@ class Reproduction:
         return {**asdict(self), "first": list(self.first) if self.first else None, "path": path, "same": self.same}
 
 # %% ../../nbs/runs/70_compare.ipynb #2ddcba57
-def _say_lines(
-    a: str,
-    b: str,
-    tolerance: float,
-) -> str:
+def _say_lines(a: str, b: str, tolerance: float) -> str:
     "The first lines of two texts that differ."
     pairs = zip_longest(a.splitlines(), b.splitlines(), fillvalue="")
     p, q = next(((p, q) for p, q in pairs if not _same_text(p, q, tolerance)), (a, b))
@@ -1050,10 +929,8 @@ def _say_lines(
 
 # %% ../../nbs/runs/70_compare.ipynb #23f5d360
 def _cell_differences(
-    old: Mapping[str, Any],  # an executed notebook
-    new: Mapping[str, Any],  # the same, executed again
-    tolerance: float,
-) -> Iterator[tuple[int, str, str, bool]]:  # number, first line, what differs, whether only a figure does
+    old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float
+) -> Iterator[tuple[int, str, str, bool]]:
     "The code cells that show something else, as far as they were executed."
     cells, (a, b) = _cells(new, "code"), (_read_book(nb) for nb in (old, new))
     for i, cell in enumerate(cells):
@@ -1069,10 +946,10 @@ def _cell_differences(
 # %% ../../nbs/runs/70_compare.ipynb #c5f287e7
 def _hold(
     record: Mapping[str, Any],
-    notebooks: tuple[Mapping[str, Any], Mapping[str, Any]],  # executed then, and again
-    runs: Path,  # folder of the new run
+    notebooks: tuple[Mapping[str, Any], Mapping[str, Any]],
+    runs: Path,
     tolerance: float,
-    problem: str,  # what went wrong
+    problem: str,
 ) -> Reproduction:
     "Hold a run against its repetition."
     old, new = notebooks

@@ -59,10 +59,7 @@ _WORDS: dict[str, Any] = {t.__name__: t for t in (bool, int, float, str, list, d
 }
 
 
-def _type_of(
-    node: ast.expr,  # an annotation, or what follows `Name =`
-    words: Mapping[str, Any],  # what names mean
-) -> Any:  # a type
+def _type_of(node: ast.expr, words: Mapping[str, Any]) -> Any:
     "What an annotation means; `ValueError` for words that are not known here."
     match node:
         case ast.Constant(value=str(text)):  # a type in quotation marks
@@ -104,9 +101,7 @@ _PLAIN = {
 }
 
 
-def _bounds(
-    notes: tuple[Any, ...],  # what stands in Annotated after the type
-) -> list[Any]:  # one bound each
+def _bounds(notes: tuple[Any, ...]) -> list[Any]:
     "Bounds one by one: an interval is two of them."
     found: list[Any] = []
     for note in notes:
@@ -115,9 +110,7 @@ def _bounds(
     return found
 
 
-def _say_bound(
-    bound: Any,  # one of annotated-types' bounds
-) -> str:  # "above 0"
+def _say_bound(bound: Any) -> str:
     "A bound in words."
     match bound:
         case at.Gt(gt=x):
@@ -425,9 +418,7 @@ def _as_python(source: str) -> str:
     return source
 
 
-def _comments(
-    source: str,  # Python
-) -> tuple[dict[int, str], dict[int, str]]:  # line number -> comment at a line's end, comment on a line of its own
+def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
     "The comments of a cell."
     ends: dict[int, str] = {}
     own: dict[int, str] = {}
@@ -727,9 +718,7 @@ def check(
     raise ContractError("\n".join(filter(None, lines)), problems)
 
 # %% ../../nbs/runs/10_contract.ipynb #4d6863e1
-def _aliases(
-    sources: list[str],  # the code cells before the parameters cell
-) -> tuple[dict[str, Any], str]:  # what they name, and what is wrong with the first that cannot be read
+def _aliases(sources: list[str]) -> tuple[dict[str, Any], str]:
     "Types that a notebook gives names to."
     words, unread = dict(_WORDS), ""
     for source in sources:
@@ -829,9 +818,7 @@ _JSON_BOUNDS = {
 }
 
 # %% ../../nbs/runs/10_contract.ipynb #6ad0a821
-def _schema(
-    t: Any,  # a type of a contract
-) -> dict[str, Any]:  # JSON Schema
+def _schema(t: Any) -> dict[str, Any]:
     "A type as JSON Schema."
     origin, args = typing.get_origin(t), typing.get_args(t)
     if origin in (Union, types.UnionType):

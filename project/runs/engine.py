@@ -76,7 +76,7 @@ def leave_note(
 
 # %% ../../nbs/runs/50_engine.ipynb #ed8a16db
 @contextlib.contextmanager
-def _note() -> Iterator[Path]:  # the note's path
+def _note() -> Iterator[Path]:
     "In papermill: an empty note."
     with tempfile.TemporaryDirectory(prefix="project-") as folder:
         path = Path(folder) / "note.jsonl"
@@ -84,9 +84,7 @@ def _note() -> Iterator[Path]:  # the note's path
         yield path
 
 
-def _read_note(
-    path: Path,  # the note
-) -> dict[Path, list[str]]:  # what to do for each run, in order
+def _read_note(path: Path) -> dict[Path, list[str]]:
     "What the kernel left."
     todo: dict[Path, list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -136,11 +134,7 @@ def end_lines(
     return lines
 
 # %% ../../nbs/runs/50_engine.ipynb #19cdb68a
-def _close_record(
-    run: Path,  # the run's folder
-    status: str,  # of the notebook
-    reason: str,  # in words
-) -> str:  # what is wrong with the run; empty if nothing is
+def _close_record(run: Path, status: str, reason: str) -> str:
     "Write into a run's record how its notebook ended."
     try:
         record = read_json(run / "run.json")
@@ -157,13 +151,7 @@ def _close_record(
     return "" if status == "finished" else reason
 
 
-def _close(
-    manager: Any,  # of the executed notebook
-    todo: dict[Path, list[str]],  # runs, and what to do for each
-    status: str,  # of the notebook
-    reason: str,  # in words
-    facts: dict[str, Any],  # what else the receipt says
-) -> None:
+def _close(manager: Any, todo: dict[Path, list[str]], status: str, reason: str, facts: dict[str, Any]) -> None:
     "Close the records, write the receipt, save the notebook, and do what was asked for."
     from project.runs.client import write_notebook
     from project.runs.receipt import make_receipt
@@ -188,9 +176,7 @@ def _close(
         _LOG.log(logging.INFO if status == "finished" else logging.WARNING, line)
 
 # %% ../../nbs/runs/50_engine.ipynb #86c42222
-def _facts(
-    notebook: str,  # its path
-) -> dict[str, Any]:  # of the receipt
+def _facts(notebook: str) -> dict[str, Any]:
     "Which notebook, which commit, which machine."
     return {"notebook": notebook, "commit": git_state(), "environment": environment()}
 
@@ -207,9 +193,7 @@ def _modules(client: Any, note: Path) -> dict[str, Any]:
     return {"modules": found.modules, "changed": unsure} | stale
 
 
-def _place(
-    path: str | None,  # as papermill was given it
-) -> str:  # in the repository, or only its name: no path of one machine
+def _place(path: str | None) -> str:
     "How a receipt names a notebook; one of another checkout is refused."
     if not path or "://" in path:
         return path or ""
@@ -231,14 +215,14 @@ def _hidden(values: dict[str, Any]) -> list[str]:
 
 # %% ../../nbs/runs/50_engine.ipynb #35ceec61
 def _execute(
-    nb: Any,  # a notebook of ours
+    nb: Any,
     kernel_name: str,
     input_path: str | None,
-    manager: Any,  # of the notebook
-    note: Path,  # for the kernel
-    env: Mapping[str, str],  # the kernel's environment, beside this process's
+    manager: Any,
+    note: Path,
+    env: Mapping[str, str],
     client_options: dict[str, Any],
-) -> Any:  # the executed notebook
+) -> Any:
     "Execute a notebook, and close everything however it ends."
     from project.runs.client import Client, catch_signals, explain
 
@@ -306,9 +290,7 @@ class ProjectEngine:
         return NBClientEngine.nb_language(nb, language)
 
 
-def _client_options(
-    start_timeout: float = 60, execution_timeout: float | None = None, **kwargs: Any
-) -> dict[str, Any]:  # of nbclient
+def _client_options(start_timeout: float = 60, execution_timeout: float | None = None, **kwargs: Any) -> dict[str, Any]:
     "Papermill's names of options as its client knows them."
     from papermill.log import logger
 

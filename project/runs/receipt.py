@@ -36,10 +36,7 @@ def _text(value: Any) -> Any:
     return "".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
 
 
-def _cells(
-    nb: Mapping[str, Any],  # a notebook node, or its JSON
-    kind: str,  # "code" or "markdown"
-) -> list[Mapping[str, Any]]:  # without papermill's additions
+def _cells(nb: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
     "The notebook's own cells of one kind."
     own = [c for c in nb["cells"] if not _ADDED & set(c["metadata"].get("tags", []))]
     return [c for c in own if c["cell_type"] == kind and _text(c["source"]).strip()]
@@ -71,9 +68,7 @@ def prose_hash(
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 # %% ../../nbs/runs/30_receipt.ipynb #56684e63
-def _plain_output(
-    output: Mapping[str, Any],  # of a code cell
-) -> dict[str, Any]:  # the same however it was written to disk
+def _plain_output(output: Mapping[str, Any]) -> dict[str, Any]:
     "What of an output is hashed."
     kept = {k: _text(v) for k, v in output.items() if k != "execution_count"}
     if "data" in kept:
@@ -104,11 +99,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _module(
-    path: Path,  # its file
-    changed: tuple[int, ...],  # when and how long it was written, so that a new version is read
-    name: str,  # its name
-) -> tuple[str, tuple[str, ...]]:  # hash, what it imports
+def _module(path: Path, changed: tuple[int, ...], name: str) -> tuple[str, tuple[str, ...]]:
     "Hash and imports of one module."
     text = path.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
@@ -243,17 +234,13 @@ def seal(
     return {"method": "sha256", "value": hashlib.sha256(said).hexdigest()}
 
 
-def _files(
-    run: Path,  # a run's folder
-) -> dict[str, str]:  # path in it -> sha256
+def _files(run: Path) -> dict[str, str]:
     "What a run has made that its numbers stand on."
     names = ("metrics.csv", "bundle/model.onnx", "bundle/weights.safetensors")
     return {name: sha256(run / name) for name in names if (run / name).is_file()}
 
 # %% ../../nbs/runs/30_receipt.ipynb #a574287c
-def _run_part(
-    run: Path,  # a run's folder
-) -> dict[str, Any]:  # what the receipt says of it
+def _run_part(run: Path) -> dict[str, Any]:
     "What a receipt says of one run."
     record = read_json(run / "run.json")
     kept = ("id", "task", "status", "reason", "parameters", "metrics", "data", "environment")
@@ -330,11 +317,7 @@ def _broken_seal(receipt: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _forged(
-    nb: Mapping[str, Any],  # an executed notebook
-    receipt: Mapping[str, Any],  # its own
-    source: bool = False,  # whether it is the notebook itself, whose cells may be edited
-) -> list[str]:
+def _forged(nb: Mapping[str, Any], receipt: Mapping[str, Any], source: bool = False) -> list[str]:
     "What of a notebook is not as its receipt says."
     found = _broken_seal(receipt)
     if not source and code_hashes(nb) != receipt["code_cells"]:
@@ -348,11 +331,7 @@ def _forged(
     return found
 
 # %% ../../nbs/runs/30_receipt.ipynb #2d5ab276
-def _forged_record(
-    run: Path,  # a run's folder that is here
-    said: Mapping[str, Any],  # what the receipt says of it
-    receipt: Mapping[str, Any],  # the whole of it
-) -> list[str]:
+def _forged_record(run: Path, said: Mapping[str, Any], receipt: Mapping[str, Any]) -> list[str]:
     "What of a record and its files is not as the receipt says."
     record, found = read_json(run / "run.json"), []
     for name in ("status", "parameters", "metrics", "data", "environment"):
@@ -377,10 +356,7 @@ def _difference(now: Any, then: Any) -> str:
     return f"is {now!r}, the receipt says {then!r}"
 
 # %% ../../nbs/runs/30_receipt.ipynb #5705c017
-def _stale_code(
-    nb: Mapping[str, Any],  # an executed notebook
-    source: Mapping[str, Any],  # the notebook it came from, as it is now
-) -> list[str]:
+def _stale_code(nb: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
     "Which code cells are not those that ran."
     then, now = _cells(nb, "code"), _cells(source, "code")
     if len(then) != len(now):
@@ -427,9 +403,7 @@ def _edited_code(nb: Mapping[str, Any], receipt: Mapping[str, Any]) -> list[str]
     return [f"code cell {i} was edited since it was run: {_first_line(_text(cells[i]['source']))}" for i in changed]
 
 # %% ../../nbs/runs/30_receipt.ipynb #e77628c0
-def _read_notebook(
-    path: Path,  # a notebook's file
-) -> dict[str, Any]:  # its JSON
+def _read_notebook(path: Path) -> dict[str, Any]:
     "A notebook's JSON; `ValueError` for anything else."
     nb = read_json(path)
     if not isinstance(nb, dict) or not isinstance(nb.get("cells"), list) or "metadata" not in nb:
@@ -438,10 +412,8 @@ def _read_notebook(
 
 
 def _state_of_source(
-    nb: Mapping[str, Any],  # an executed notebook
-    receipt: Mapping[str, Any],  # its own
-    own: bool = False,  # whether it is that notebook
-) -> tuple[list[str], bool, list[str]]:  # what is stale, whether prose was changed, notes
+    nb: Mapping[str, Any], receipt: Mapping[str, Any], own: bool = False
+) -> tuple[list[str], bool, list[str]]:
     "Compare with the notebook it came from."
     name = receipt.get("notebook") or ""
     path = root() / name
@@ -500,9 +472,7 @@ def verify(
     )
 
 # %% ../../nbs/runs/30_receipt.ipynb #b5e65be0
-def _no_end(
-    ours: Mapping[str, Any],  # what the engine writes before the end
-) -> str:  # in words
+def _no_end(ours: Mapping[str, Any]) -> str:
     "A notebook without a receipt: still running, or its papermill ended without writing one."
     process, saved = ours.get("process", {}), f"last saved {ours.get('saved', 'at an unknown time')}"
     alive = is_alive(process)

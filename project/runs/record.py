@@ -43,9 +43,7 @@ from .engine import leave_note, save_record
 from .receipt import check_loaded, code_hashes, loaded_modules, not_exported, package_hashes, used_modules
 
 # %% ../../nbs/runs/60_record.ipynb #e8be116b
-def _is_json(
-    value: Any,  # anything
-) -> bool:  # whether JSON knows it
+def _is_json(value: Any) -> bool:
     "Whether a value is one that a parameter may have."
     if isinstance(value, (list, tuple)):
         return all(map(_is_json, value))
@@ -66,14 +64,12 @@ def parameters(
 SCHEMA = 1  # of run.json; a reader refuses a newer one
 
 
-def _now() -> str:  # "2026-11-21T05:30:12+00:00"
+def _now() -> str:
     "The time, in UTC, to the second."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _csv_cell(
-    value: Any,  # a number or text
-) -> str:  # as it is written
+def _csv_cell(value: Any) -> str:
     "A cell of metrics.csv: floats with all their digits, nothing for a value that is missing."
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
@@ -147,11 +143,7 @@ class Run:
         return f"Run({self.id}, {self.record['status']})"
 
 # %% ../../nbs/runs/60_record.ipynb #952ee6d9
-def _write_metrics(
-    path: Path,  # metrics.csv
-    rows: list[dict[str, Any]],  # all of them
-    append: bool,  # whether only the last is new, with no new column
-) -> None:
+def _write_metrics(path: Path, rows: list[dict[str, Any]], append: bool) -> None:
     "Append the last row; where it brings a column, write the whole file anew, in one step."
     columns = list(dict.fromkeys(k for row in rows for k in row))
     if append and path.exists():
@@ -170,9 +162,7 @@ def _write_metrics(
         write_text(path, out.getvalue())
 
 # %% ../../nbs/runs/60_record.ipynb #cd172e01
-def _close_unfinished(
-    run: Run,  # a run that may still be open when Python ends
-) -> None:
+def _close_unfinished(run: Run) -> None:
     "At exit: a run that nobody finished did not finish."
     if run.record["status"] == "running" and (run.path / "run.json").exists():
         error = getattr(sys, "last_value", None)
@@ -193,9 +183,7 @@ def new_run_id(
 _BEAT, _STALE = 5.0, 60.0  # seconds between signs of life, and without one
 
 
-def _take(
-    run: Run,  # a run that is being opened
-) -> bool:  # whether nobody else holds it
+def _take(run: Run) -> bool:
     "Hold the lock of a run until it is finished or the process ends."
     run.lock = Lock(run.path / ".lock")
     if not run.lock.take():
@@ -229,10 +217,7 @@ def identity(
     return hash_json([code, asked, data.get("hash"), data.get("task")])
 
 
-def _unfinished(
-    same: str,  # the identity of the run to go on with
-    folder: Path,  # of all runs
-) -> dict[str, Any] | None:  # its record
+def _unfinished(same: str, folder: Path) -> dict[str, Any] | None:
     "The last run that is the same and did not finish; none if the last that is the same did."
     alike = [r for r in list_runs(folder) if r.get("identity") == same]
     return alike[-1] if alike and alike[-1]["status"] != "finished" else None
@@ -241,18 +226,14 @@ def _unfinished(
 _OPEN: dict[Path, Run] = {}  # runs that this process has open
 
 
-def _let_go(
-    path: Path,  # a run's folder
-) -> None:
+def _let_go(path: Path) -> None:
     "In JupyterLab a notebook is begun again in the same kernel: the run it had open is closed first."
     run = _OPEN.pop(path, None)
     if run and run.record["status"] == "running":
         run.finish("interrupted", reason="begun again in the same session")
 
 # %% ../../nbs/runs/60_record.ipynb #d57b7a81
-def _go_on(
-    record: dict[str, Any],  # of an unfinished run
-) -> Run:  # open again
+def _go_on(record: dict[str, Any]) -> Run:
     "Open an unfinished run again; `ValueError` if somebody holds it."
     path, process = record.pop("path"), record["process"]
     if path in _OPEN:
@@ -405,9 +386,7 @@ def start_run(
     return run
 
 # %% ../../nbs/runs/60_record.ipynb #7a10d5b1
-def _read_record(
-    folder: Path,  # a run's folder
-) -> dict[str, Any]:  # its run.json
+def _read_record(folder: Path) -> dict[str, Any]:
     "Read and check one run.json; `ValueError` says what is wrong with it."
     record = read_json(folder / "run.json")
     if not isinstance(record, dict) or not {"schema", "id", "status"} <= record.keys():
@@ -420,10 +399,7 @@ def _read_record(
     return record
 
 
-def _notice_death(
-    folder: Path,  # a run's folder
-    record: dict[str, Any],  # its run.json
-) -> dict[str, Any]:  # the record, as it is to be understood; the file is left as it is
+def _notice_death(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     "A run that says it runs, and whose process is gone, was killed: it could not write that itself."
     if record["status"] != "running":
         return record
@@ -498,10 +474,7 @@ def _of(task: str, root: str | Path | None) -> str:
     return f"{f' of {task}' if task else ''} in {root or runs_dir()}{there}"
 
 # %% ../../nbs/runs/60_record.ipynb #5d04c135
-def _faults(
-    record: Mapping[str, Any],  # of a finished run, with its folder as "path"
-    data: str,  # hash of the data that is here; "": unknown
-) -> list[str]:  # empty: nothing speaks against its model
+def _faults(record: Mapping[str, Any], data: str) -> list[str]:
     "Why a run's model is not one to put into service unseen."
     try:
         manifest = read_json(Path(record["path"]) / "bundle" / "manifest.json")
@@ -542,9 +515,7 @@ def best_run(
     return best, f"{best['id']}: {score} of {len(found)} {kind}" + (f" (passed over: {passed})" if passed else "")
 
 # %% ../../nbs/runs/60_record.ipynb #2214606f
-def _varying(
-    records: list[dict[str, Any]],  # of some runs
-) -> dict[str, list[str]]:  # notebook -> names of parameters
+def _varying(records: list[dict[str, Any]]) -> dict[str, list[str]]:
     "The parameters in which the runs of a notebook differ."
     found = {}
     for notebook in {r.get("notebook", "") for r in records}:

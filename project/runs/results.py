@@ -22,9 +22,7 @@ _ASIDE = {"task", "source", "recipe", "seed", "folds", "resume", "wandb", "profi
 _UNSET = {"early_stopping": 0, "precision": "auto", "accelerator": "auto", "devices": 1}
 
 
-def _own(
-    record: Mapping[str, Any],  # of a run
-) -> dict[str, Any]:  # name -> value
+def _own(record: Mapping[str, Any]) -> dict[str, Any]:
     "The values that were asked for in place of the notebook's and the recipe's."
     asked = {k: v for k, v in record["parameters"].items() if k not in _ASIDE and not k.startswith("limit")}
     unset = _UNSET | _defaults(str(record.get("notebook") or ""))
@@ -32,9 +30,7 @@ def _own(
 
 
 @cache
-def _defaults(
-    notebook: str,  # its path in the repository
-) -> dict[str, Any]:  # {} where there is no such notebook
+def _defaults(notebook: str) -> dict[str, Any]:
     "What a notebook's parameters are when nobody sets them."
     path = root() / notebook
     return {p.name: p.default for p in load_contract(path).parameters} if path.is_file() else {}
@@ -47,55 +43,39 @@ def _counts(record: Mapping[str, Any], *names: str) -> bool:
     return record["status"] == "finished" and measured and not limited
 
 
-def _name(
-    record: Mapping[str, Any],  # of a run
-) -> str:  # "fast", "fast lr=0.1"
+def _name(record: Mapping[str, Any]) -> str:
     "The recipe of a run, with what was replaced in it."
     return " ".join(
         [str(record["parameters"].get("recipe") or "-"), *(f"{k}={say_value(v)}" for k, v in _own(record).items())]
     )
 
 # %% ../../nbs/runs/90_results.ipynb #a0eef434
-def _middle(
-    records: Sequence[Mapping[str, Any]],  # of some runs
-    *names: str,  # of a metric; the first that a run has
-) -> float | None:  # None where no run has it
+def _middle(records: Sequence[Mapping[str, Any]], *names: str) -> float | None:
     "The median of a metric."
     found = [next((r["metrics"][n] for n in names if r["metrics"].get(n) is not None), None) for r in records]
     numbers = [v for v in found if v is not None]
     return statistics.median(numbers) if numbers else None
 
 
-def _spread(
-    records: Sequence[Mapping[str, Any]],  # of some runs
-    name: str,  # of a metric
-) -> dict[str, Any] | None:  # None where no run has it
+def _spread(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | None:
     "Mean and spread of a metric."
     values = [r["metrics"][name] for r in records if r["metrics"].get(name) is not None]
     return spread(values) if values else None
 
 
-def _short(
-    run: str,  # a run's id
-    ids: Iterable[str],  # of all runs
-) -> str:  # an end of it that `project show` finds
+def _short(run: str, ids: Iterable[str]) -> str:
     "The shortest end of an id, from its last part on, that no other run has."
     others, parts = [i for i in ids if i != run], run.split("-")
     ends = ("-".join(parts[-n:]) for n in range(1, len(parts) + 1))
     return next((end for end in ends if not any(i.endswith(end) or i.startswith(end) for i in others)), run)
 
 # %% ../../nbs/runs/90_results.ipynb #d2cb416f
-def _basis(
-    record: Mapping[str, Any],  # of a run
-) -> tuple[Any, Any]:  # a hash, and the recipe's values; None where the run has not recorded them
+def _basis(record: Mapping[str, Any]) -> tuple[Any, Any]:
     "What runs must share to be one row: the data, and what the recipe said."
     return (record.get("data") or {}).get("hash"), record.get("plan")
 
 
-def _row(
-    records: Sequence[Mapping[str, Any]],  # runs of one task and recipe, oldest first
-    ids: Sequence[str],  # of all runs
-) -> dict[str, Any]:  # JSON types
+def _row(records: Sequence[Mapping[str, Any]], ids: Sequence[str]) -> dict[str, Any]:
     "What the runs of a recipe reached."
     data, plan = _basis(records[-1])
     here = [r for r in records if _basis(r) == (data, plan)]
@@ -176,9 +156,7 @@ def collect_results(
     return sorted(rows, key=lambda r: (order.get(r["task"], len(order)), r["task"], r["seconds"], r["recipe"]))
 
 # %% ../../nbs/runs/90_results.ipynb #126b7106
-def _percent(
-    found: Mapping[str, Any] | None,  # from `spread`
-) -> str:  # "94.00 ± 0.12 (3)"
+def _percent(found: Mapping[str, Any] | None) -> str:
     "Mean ± standard deviation in percent, with the number of runs."
     if not found:
         return ""

@@ -64,9 +64,7 @@ def check_reference(
 _SHORTEST = 4  # characters; to redact less would shred the output
 
 
-def _forms(
-    value: str,  # a secret
-) -> set[str]:  # itself, and as it may stand in a text
+def _forms(value: str) -> set[str]:
     "A value as it is, escaped for Python, JSON, URLs and HTML, and in base64."
     raw = value.encode("utf-8", "surrogateescape")
     forms = {value, repr(value)[1:-1], repr(raw)[2:-1], json.dumps(value)[1:-1]}
@@ -83,9 +81,7 @@ def _forms(
 _SECRET_NAME = re.compile(r"(?:key|token|secret|password|passwd|pwd|passphrase|credentials?)$", re.IGNORECASE)
 
 
-def _fields(
-    obj: Any,  # anything JSON knows
-) -> Iterator[tuple[str, str]]:  # name and text
+def _fields(obj: Any) -> Iterator[tuple[str, str]]:
     "Every text in nested dicts and lists, with the name nearest to it."
     pairs = obj.items() if isinstance(obj, dict) else [("", v) for v in obj] if isinstance(obj, list) else []
     for name, value in pairs:
@@ -95,9 +91,7 @@ def _fields(
             yield from _fields(value)
 
 # %% ../../nbs/runs/00_secrets.ipynb #56b41558
-def _parts(
-    value: str,  # a secret
-) -> Iterator[str]:  # itself, and what of it is secret alone
+def _parts(value: str) -> Iterator[str]:
     "A value, its long lines, and, where it is a JSON document, its fields with the name of a secret."
     yield from (value, value.strip())
     try:
@@ -114,9 +108,7 @@ _STARS = "***"
 
 
 @lru_cache(maxsize=16)
-def _all_forms(
-    values: frozenset[str],  # secrets
-) -> list[str]:  # the longest first
+def _all_forms(values: frozenset[str]) -> list[str]:
     "What to look for: every form of every part."
     parts = {part for value in values for part in _parts(value) if len(part) >= _SHORTEST}
     return sorted({form for part in parts for form in _forms(part)}, key=lambda form: (-len(form), form))
@@ -163,11 +155,7 @@ _FIELDS += ("matches", "prompt", "body")  # completion, input, and the debugger
 _PICTURE = re.compile(r"image/(?!svg)|audio/|video/|application/(?:pdf|octet-stream)")
 
 
-def _hide_in(
-    box: Any,  # a dict or a list, as JSON has them
-    hider: _Hider,  # what replaces and counts
-    keys: bool = False,  # replace keys as well
-) -> None:
+def _hide_in(box: Any, hider: _Hider, keys: bool = False) -> None:
     "Replace secrets inside nested dicts and lists, where they lie."
     for key in list(box) if isinstance(box, dict) else range(len(box)):
         if isinstance(box[key], str):
@@ -178,17 +166,12 @@ def _hide_in(
             box[new] = box.pop(key)
 
 # %% ../../nbs/runs/00_secrets.ipynb #f629314c
-def _text(
-    value: Any,  # a text, or its lines, as notebook files have them
-) -> Any:  # the text; anything else as it is
+def _text(value: Any) -> Any:
     "Lines as one text."
     return "".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
 
 
-def _hide_fields(
-    content: Any,  # an output, or what a message says
-    hider: _Hider,  # what replaces and counts
-) -> None:
+def _hide_fields(content: Any, hider: _Hider) -> None:
     "Replace secrets in the fields that hold texts."
     for field in (f for f in _FIELDS if f in content):
         if isinstance(content[field], str):
@@ -202,10 +185,7 @@ def _hide_fields(
             _hide_in(content[field], hider)
 
 # %% ../../nbs/runs/00_secrets.ipynb #d20f9bb4
-def _hide_stream(
-    outputs: list[Any],  # what a cell wrote to one stream, in order
-    hider: _Hider,  # what replaces and counts
-) -> None:
+def _hide_stream(outputs: list[Any], hider: _Hider) -> None:
     "Replace secrets in each piece, and those that lie across pieces: the whole text is then in the first one."
     for out in outputs:
         out["text"] = hider(_text(out["text"]))
@@ -282,9 +262,7 @@ def hide(
     return True
 
 # %% ../../nbs/runs/00_secrets.ipynb #09bf4ced
-def _from_env(
-    name: str,  # of an environment variable
-) -> str:  # its value
+def _from_env(name: str) -> str:
     "The value of an environment variable."
     if name not in os.environ:
         tell = f"export {name}=... before the kernel starts, or pass another reference"
@@ -296,9 +274,7 @@ _ENDPOINT = "CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER"
 _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
 
-def _credentials(
-    here: bool,  # for an endpoint on this machine
-) -> tuple[Any, str]:  # the credentials, and the project that they name, if they do
+def _credentials(here: bool) -> tuple[Any, str]:
     "What google-auth finds: of gcloud, of a service account's file, or of the machine in the cloud."
     import google.auth
     from google.auth.credentials import AnonymousCredentials
@@ -314,7 +290,7 @@ def _credentials(
     return credentials, project or ""
 
 # %% ../../nbs/runs/00_secrets.ipynb #b16889a3
-def _google() -> tuple[Any, str, str]:  # a session that signs its requests, the endpoint, the project or ""
+def _google() -> tuple[Any, str, str]:
     "How to ask Google."
     endpoint = os.environ.get(_ENDPOINT, "https://secretmanager.googleapis.com").rstrip("/")
     here = bool(re.match(r"http://(?:localhost|127\.0\.0\.1)(?:[:/]|$)", endpoint))
@@ -331,10 +307,7 @@ def _google() -> tuple[Any, str, str]:  # a session that signs its requests, the
     return session, endpoint, os.environ.get("GOOGLE_CLOUD_PROJECT") or project
 
 # %% ../../nbs/runs/00_secrets.ipynb #1be84a4e
-def _version(
-    reference: str,  # well-formed
-    project: str,  # where the reference names none
-) -> str:  # "projects/P/secrets/S/versions/latest"
+def _version(reference: str, project: str) -> str:
     "The full name of a version of a secret."
     match = _GCP.fullmatch(reference)
     assert match
@@ -352,9 +325,7 @@ _TELL = {
 }
 
 
-def _from_gcp(
-    reference: str,  # well-formed
-) -> str:  # the value
+def _from_gcp(reference: str) -> str:
     "The value of a secret in Google's Secret Manager."
     session, endpoint, project = _google()
     name = _version(reference, project)
@@ -395,19 +366,13 @@ class _Rule(NamedTuple):
 
 
 @cache
-def _compiled(
-    rule: _Rule,  # of the table
-) -> re.Pattern[str]:  # its pattern
+def _compiled(rule: _Rule) -> re.Pattern[str]:
     "A rule's pattern."
     boundary = r"(?<![\w-])" if rule.pattern.startswith("^") else ""
     return re.compile(boundary + rule.pattern.removeprefix("^"), re.ASCII)
 
 # %% ../../nbs/runs/00_secrets.ipynb #b60fd429
-def _tried(
-    rule: _Rule,  # of the table
-    text: str,  # any text
-    low: str,  # the same in lower case
-) -> Iterator[tuple[int, int]]:  # where a secret begins and ends
+def _tried(rule: _Rule, text: str, low: str) -> Iterator[tuple[int, int]]:
     "The matches of a rule, tried at each of its words."
     for word in rule.words.split():
         # one sign is found faster than a word, and base64 has few
@@ -460,16 +425,12 @@ _DULL = re.compile(
 )
 
 # %% ../../nbs/runs/00_secrets.ipynb #ea76fe14
-def _entropy(
-    text: str,  # any text
-) -> float:  # bits a character
+def _entropy(text: str) -> float:
     "Shannon's entropy of the characters of a text."
     return -sum(n / len(text) * math.log2(n / len(text)) for n in (text.count(c) for c in set(text)))
 
 
-def _mixed(
-    value: str,  # a text with the name of a secret
-) -> bool:  # whether it looks like one
+def _mixed(value: str) -> bool:
     "Letters and digits and no blanks, eight or more, of some variety; no reference, path or address."
     plain = check_reference(value) and not re.search(r"\s|^[/.~]|://|[(){}<>]", value)
     return bool(plain and len(value) >= 8 and re.search(r"\d", value) and re.search(r"[A-Za-z]", value)) and (
@@ -490,9 +451,7 @@ class Finding:
         return f"{self.file}: {self.where}: {self.rule} {self.excerpt}"
 
 
-def _mask(
-    secret: str,  # what was found
-) -> str:  # "AKIA…Q7"
+def _mask(secret: str) -> str:
     "The ends of a secret; of a short one only the beginning, or nothing."
     secret = secret.strip()
     return f"{secret[:4]}…{secret[-2:]}" if len(secret) >= 20 else f"{secret[:2]}…" if len(secret) >= 8 else "…"
@@ -501,10 +460,7 @@ def _mask(
 _ALLOW = "pragma: allowlist secret"  # in a line: what stands there is no secret, as detect-secrets has it
 
 
-def _hits(
-    text: str,  # any text
-    known: Mapping[str, str],  # form of a known secret -> what it is
-) -> Iterator[tuple[int, int, str]]:  # where a secret begins and ends, and what it is
+def _hits(text: str, known: Mapping[str, str]) -> Iterator[tuple[int, int, str]]:
     "What the rules find in a text, after what is known."
     for form, what in known.items():
         if (at := text.find(form)) >= 0:
@@ -520,10 +476,7 @@ def _hits(
                 yield start, end, rule.name
 
 # %% ../../nbs/runs/00_secrets.ipynb #23e8d83f
-def _find(
-    text: str,  # any text
-    known: Mapping[str, str],  # form of a known secret -> what it is
-) -> Iterator[tuple[int, str, str]]:  # position, what it is, the secret
+def _find(text: str, known: Mapping[str, str]) -> Iterator[tuple[int, str, str]]:
     "Known secrets and what the rules find; where two overlap, the first of them."
     taken: list[tuple[int, int, str]] = []
     for hit in _hits(text, known):
@@ -536,10 +489,7 @@ def _find(
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
-def _leaves(
-    obj: Any,  # metadata
-    path: str,  # where it is
-) -> Iterator[tuple[str, str]]:  # where, and the text
+def _leaves(obj: Any, path: str) -> Iterator[tuple[str, str]]:
     "Every text in nested dicts and lists, with its path."
     pairs = obj.items() if isinstance(obj, dict) else enumerate(obj) if isinstance(obj, list) else []
     for name, value in pairs:
@@ -549,10 +499,7 @@ def _leaves(
             yield from _leaves(value, f"{path}{name}.")
 
 # %% ../../nbs/runs/00_secrets.ipynb #659f8a35
-def _shown(
-    outputs: list[Any],  # of one cell
-    cell: str,  # "cell 3"
-) -> Iterator[tuple[str, str]]:  # where, and the text
+def _shown(outputs: list[Any], cell: str) -> Iterator[tuple[str, str]]:
     "What a cell has shown; a stream as a whole, at its first output."
     streams: dict[str, list[str]] = {}
     for i, out in enumerate(outputs):
@@ -569,9 +516,7 @@ def _shown(
     yield from ((where, "".join(texts)) for where, *texts in streams.values())
 
 # %% ../../nbs/runs/00_secrets.ipynb #ce5468e0
-def _texts(
-    nb: Any,  # a notebook
-) -> Iterator[tuple[str, str]]:  # where, and the text
+def _texts(nb: Any) -> Iterator[tuple[str, str]]:
     "Every text of a notebook."
     yield from _leaves(nb["metadata"], "metadata ")
     for i, cell in enumerate(nb["cells"]):
@@ -584,19 +529,14 @@ def _texts(
 _ASSIGNED = re.compile(r"""^(\w+)\s*(?::[^=\n]*)?=\s*(["'])(.*?)\2""", re.MULTILINE)
 
 
-def _is_literal(
-    name: str,  # of a parameter
-    value: str,  # what it was given
-) -> bool:  # whether it is a secret that should have been a reference
+def _is_literal(name: str, value: str) -> bool:
     "A literal where a reference should be."
     if not _SECRET_NAME.search(name) or len(value) < _SHORTEST or not check_reference(value) or _DULL.fullmatch(value):
         return False
     return bool(re.search(r"(?i)pass|pwd|secret|credential|(?:api|access|private|auth)_?key", name)) or _mixed(value)
 
 
-def _parameters(
-    nb: Any,  # a notebook
-) -> Iterator[tuple[str, str, str]]:  # where, name, value
+def _parameters(nb: Any) -> Iterator[tuple[str, str, str]]:
     "The texts among a notebook's parameters, in its metadata and in its cells."
     given = nb["metadata"].get("papermill", {}).get("parameters", {})
     yield from ((f"metadata papermill.parameters.{name}", name, v) for name, v in given.items() if isinstance(v, str))
@@ -606,10 +546,7 @@ def _parameters(
                 yield f"cell {i} source", m[1], m[3]
 
 # %% ../../nbs/runs/00_secrets.ipynb #6901ab6d
-def _known_forms(
-    references: Iterable[str],  # of the notebook's parameters
-    values: Iterable[str],  # given
-) -> dict[str, str]:  # form -> what it is; the longest first
+def _known_forms(references: Iterable[str], values: Iterable[str]) -> dict[str, str]:
     "Every form of every secret that is known here."
     named = {
         name: v
@@ -623,10 +560,7 @@ def _known_forms(
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
 # %% ../../nbs/runs/00_secrets.ipynb #b4dd7f71
-def _scan_notebook(
-    nb: Any,  # a notebook
-    values: Iterable[str],  # known secrets
-) -> Iterator[tuple[str, str, str]]:  # where, rule, secret
+def _scan_notebook(nb: Any, values: Iterable[str]) -> Iterator[tuple[str, str, str]]:
     "What is found in a notebook."
     parameters = list(_parameters(nb))
     known = _known_forms([value for _, _, value in parameters], values)
@@ -640,9 +574,7 @@ def _scan_notebook(
             yield where, "literal-parameter", value
 
 # %% ../../nbs/runs/00_secrets.ipynb #be410059
-def _read(
-    path: Path,  # a notebook
-) -> Any:  # what it holds
+def _read(path: Path) -> Any:
     "A notebook's JSON; what is no notebook is named in the error."
     nb = read_json(path)
     cells = nb.get("cells") if isinstance(nb, dict) else None

@@ -190,7 +190,7 @@ class _Gatherer:
         each = self._cost.row(kind)
         return max(1, min(self.max_batch, int(seconds / each))) if each else self.max_batch
 
-    def _quick(self, kind: int) -> int:  # rows that may run where the event loop is
+    def _quick(self, kind: int) -> int:
         each = self._cost.row(kind)
         return min(self.max_batch, int(self.inline / each)) if each else 0
 
@@ -265,7 +265,7 @@ class _Door(_Engine):
     _weigh: Callable[[Any], int]
     _closing = False
 
-    def _accept(self, x: Any, predict: Predict | None) -> asyncio.Future[Any]:  # of its answer
+    def _accept(self, x: Any, predict: Predict | None) -> asyncio.Future[Any]:
         "Put a row into the queue."
         if self._closing or not (self._loop and self._worker):
             raise Full("no rows are taken at present")

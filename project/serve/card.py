@@ -78,9 +78,7 @@ def _joined(value: Any) -> str:
     return "".join(map(str, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
 
 
-def _markdown(
-    text: str,  # a cell's or an output's
-) -> str:  # harmless HTML
+def _markdown(text: str) -> str:
     "Markdown as HTML; as it was written where there is nothing to convert it."
     try:
         import mistune
@@ -90,9 +88,7 @@ def _markdown(
     return harmless(str(convert(text)))
 
 
-def _output(
-    output: dict[str, Any],  # of a code cell
-) -> str:  # harmless HTML
+def _output(output: dict[str, Any]) -> str:
     "One output of a cell."
     data = output.get("data")
     data = data if isinstance(data, dict) else {}
@@ -111,9 +107,7 @@ def _output(
     return f"<pre class=out>{html.escape(text)}</pre>" if text else ""
 
 # %% ../../nbs/serve/10_card.ipynb #d890c18e
-def _cells(
-    notebook: Any,  # what the file holds
-) -> Iterator[str]:  # harmless HTML
+def _cells(notebook: Any) -> Iterator[str]:
     "A notebook's cells, one after the other."
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     for cell in cells if isinstance(cells, list) else []:
@@ -146,10 +140,7 @@ _STYLE = (
 )
 
 
-def _whole(
-    title: str,  # of the page
-    main: str,  # harmless HTML
-) -> str:  # a whole page
+def _whole(title: str, main: str) -> str:
     "The frame of both pages."
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
     head += f"<title>{html.escape(title)}</title>"

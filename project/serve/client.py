@@ -56,9 +56,7 @@ class _Item:
         return Answer(self.name, self.row, self.source, prediction, error)
 
 # %% ../../nbs/serve/30_client.ipynb #bfc2d53b
-def _table(
-    path: Path,  # a CSV file, packed or not
-) -> Iterator[tuple[int, list[str]]]:  # row number and values, the head first, blank lines left out
+def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
     "The rows of a table, as they are."
     for row, values in table_rows(path):
         if isinstance(values, str):
@@ -66,11 +64,7 @@ def _table(
         yield row, values
 
 
-def _check_head(
-    path: Path,  # for the message
-    head: Sequence[str],  # column names found
-    wanted: Sequence[str],  # those that the model reads
-) -> None:
+def _check_head(path: Path, head: Sequence[str], wanted: Sequence[str]) -> None:
     "Refuse a table that lacks what the model reads, or that has a column twice."
     for name in wanted:
         if name not in head:
@@ -82,11 +76,7 @@ def _check_head(
         raise ClientError(f"{path.name}: expected each column once, found {twice[0]!r} more than once. Rename one.")
 
 # %% ../../nbs/serve/30_client.ipynb #fc3d165a
-def _table_items(
-    path: Path,  # a CSV file
-    kind: str,  # of the task: "image" or "text"
-    fields: Sequence[str],  # columns that the model reads
-) -> Iterator[_Item]:
+def _table_items(path: Path, kind: str, fields: Sequence[str]) -> Iterator[_Item]:
     "The rows of a CSV: texts in columns, or the names of image files in a column `file`."
     rows = _table(path)
     head = next(rows, (1, []))[1]
@@ -102,11 +92,7 @@ def _table_items(
             yield _read_file(path.parent / source["file"], kind, fields, (str(path), row, source))
 
 # %% ../../nbs/serve/30_client.ipynb #ffd7c182
-def _text_fields(
-    path: Path,  # a text or JSON file
-    content: bytes,  # what is in it
-    fields: Sequence[str],  # that the model reads
-) -> dict[str, Any]:  # field -> text
+def _text_fields(path: Path, content: bytes, fields: Sequence[str]) -> dict[str, Any]:
     "The fields of one text."
     try:
         text = content.decode("utf-8-sig")
@@ -126,11 +112,8 @@ def _text_fields(
 
 # %% ../../nbs/serve/30_client.ipynb #48691a94
 def _read_file(
-    path: Path,  # a file
-    kind: str,  # of the task
-    fields: Sequence[str],  # that the model reads
-    place: tuple[str, int | None, dict[str, str]] | None = None,  # name, row and columns; None: the file itself
-) -> _Item:  # with its content, or with what is wrong
+    path: Path, kind: str, fields: Sequence[str], place: tuple[str, int | None, dict[str, str]] | None = None
+) -> _Item:
     "Read one file; whatever goes wrong is said in words."
     place = place or (str(path), None, {"file": str(path)})
     try:
@@ -152,9 +135,7 @@ def _is_table(path: Path) -> bool:
     return path.name.lower().endswith((".csv", ".csv.gz"))
 
 
-def _listed(
-    files: Iterable[str | Path],  # files and folders
-) -> list[Path]:  # files
+def _listed(files: Iterable[str | Path]) -> list[Path]:
     "The files that were named, those of folders in the order of their names, hidden ones left out."
     found: list[Path] = []
     for path in map(Path, files):
@@ -166,11 +147,7 @@ def _listed(
     return found
 
 # %% ../../nbs/serve/30_client.ipynb #54284ace
-def _counted(
-    paths: Sequence[Path],  # files
-    kind: str,  # of the task
-    fields: Sequence[str],  # that the model reads
-) -> tuple[int, dict[Path, str]]:  # how many items, and tables that cannot be used, with the reason
+def _counted(paths: Sequence[Path], kind: str, fields: Sequence[str]) -> tuple[int, dict[Path, str]]:
     "How much there is to do."
     n, broken = 0, {}
     for path in paths:
@@ -189,12 +166,7 @@ def _counted(
     return n + len(broken), broken
 
 # %% ../../nbs/serve/30_client.ipynb #61199f62
-def _items(
-    paths: Sequence[Path],  # files
-    kind: str,  # of the task
-    fields: Sequence[str],  # that the model reads
-    broken: dict[Path, str],  # tables that cannot be used
-) -> Iterator[_Item]:
+def _items(paths: Sequence[Path], kind: str, fields: Sequence[str], broken: dict[Path, str]) -> Iterator[_Item]:
     "Everything there is to predict, one after the other, never all of it in memory."
     for path in paths:
         if path in broken:
@@ -220,11 +192,7 @@ class Model(Protocol):
         "Give back what it holds."
 
 # %% ../../nbs/serve/30_client.ipynb #d13bc894
-def _pick_task(
-    task: str,  # asked for; "" where only one can be meant
-    tasks: Sequence[str],  # that there are
-    where: str,  # for the message
-) -> str:  # one of them
+def _pick_task(task: str, tasks: Sequence[str], where: str) -> str:
     "The task that is meant."
     if not tasks:
         raise ClientError(f"{where}: expected a production model, found none. Promote one first.")
@@ -236,11 +204,7 @@ def _pick_task(
     return task
 
 # %% ../../nbs/serve/30_client.ipynb #df078192
-def _told(
-    p: Sequence[float],  # probabilities
-    classes: Sequence[str],
-    **facts: str,  # which task, which version
-) -> dict[str, Any]:  # as the service tells it
+def _told(p: Sequence[float], classes: Sequence[str], **facts: str) -> dict[str, Any]:
     "A prediction: the probabilities, the largest first."
     rows = sorted(zip(classes, map(float, p), strict=True), key=lambda row: -row[1])
     return {**facts, "class": rows[0][0], "confidence": rows[0][1], "probabilities": dict(rows)}
@@ -302,9 +266,7 @@ _CHUNK = 4_000_000  # bytes of one request, unless one input alone is larger
 _LATER = (429, 502, 503, 504)
 
 
-def _words(
-    response: Any,  # of httpx
-) -> str:  # what the service said
+def _words(response: Any) -> str:
     "A service's refusal, in words."
     try:
         found = response.json()
@@ -315,9 +277,7 @@ def _words(
     return f"{text} (status {response.status_code})"
 
 # %% ../../nbs/serve/30_client.ipynb #d416a9f4
-def _address(
-    url: str,  # as somebody types it
-) -> str:  # with its scheme, and a slash at the end
+def _address(url: str) -> str:
     "Check a service's address."
     whole = url if "://" in url else f"http://{url}"
     try:
@@ -330,9 +290,7 @@ def _address(
     return whole.rstrip("/") + "/"
 
 # %% ../../nbs/serve/30_client.ipynb #1f6278da
-def _seconds(
-    text: str,  # of a Retry-After header
-) -> float:  # from 0.2 to 30
+def _seconds(text: str) -> float:
     "How long to wait."
     try:
         return min(max(float(text), 0.2), 30.0)
@@ -388,10 +346,7 @@ class _Http:
         return found
 
 # %% ../../nbs/serve/30_client.ipynb #ccdae999
-def _from_row(
-    item: _Item,  # what was asked
-    row: dict[str, Any],  # what the service says of it
-) -> Answer:
+def _from_row(item: _Item, row: dict[str, Any]) -> Answer:
     "One row of a batch's answer."
     found = row.get("prediction")
     if isinstance(found, dict) and "class" in found and "confidence" in found:
@@ -461,10 +416,7 @@ def connect(
     return Remote(url, task, key) if url else Local(task, version, registry)
 
 
-def _batches(
-    items: Iterable[_Item],  # read or not
-    size: int,  # at most so many that were read
-) -> Iterator[list[_Item]]:  # in the same order
+def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
     "Items in groups that fit into a request."
     batch: list[_Item] = []
     weight = readable = 0
@@ -479,11 +431,7 @@ def _batches(
         yield batch
 
 # %% ../../nbs/serve/30_client.ipynb #2dfd3558
-def _ask_all(
-    model: Model,  # whoever answers
-    items: Iterable[_Item],  # read or not
-    size: int,  # of a batch
-) -> Iterator[list[Answer]]:  # a list a batch, in order
+def _ask_all(model: Model, items: Iterable[_Item], size: int) -> Iterator[list[Answer]]:
     "Answers for readable items, and the errors of the others; what comes after a failure says so."
     lost, answered = "", False
     for batch in _batches(items, size):
@@ -530,18 +478,12 @@ def predict_files(
 _ADDED = ("predicted", "confidence", "model_version", "prediction_id", "error")
 
 
-def _free(
-    name: str,  # of a new column
-    head: Sequence[str],  # columns that are there
-) -> str:  # another name where this one is taken
+def _free(name: str, head: Sequence[str]) -> str:
     "A name for a new column."
     return _free(name + "_", head) if name in head else name
 
 
-def _cells(
-    answer: Answer,
-    classes: Sequence[str],  # whose probabilities are wanted too
-) -> list[Any]:  # in the order of `_ADDED`, then of the classes
+def _cells(answer: Answer, classes: Sequence[str]) -> list[Any]:
     "What is added to a row."
     p = answer.prediction
     if not p:
@@ -550,9 +492,7 @@ def _cells(
     return [p["class"], f"{p['confidence']:.6f}", p.get("model_version", ""), p.get("id", ""), "", *some]
 
 # %% ../../nbs/serve/30_client.ipynb #5f92b4b6
-def _until_columns(
-    answers: Iterator[Answer],
-) -> Iterator[Answer]:  # tables that cannot be used have no columns
+def _until_columns(answers: Iterator[Answer]) -> Iterator[Answer]:
     "Answers up to the first that has columns."
     for answer in answers:
         yield answer

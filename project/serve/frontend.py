@@ -76,7 +76,7 @@ def read_settings(
     return Settings(**(told | {k: v for k, v in given.items() if v is not None}))
 
 # %% ../../nbs/serve/95_frontend.ipynb #98b4040d
-def _gradio() -> Any:  # the package
+def _gradio() -> Any:
     "Import gradio; `ValueError` where it is missing."
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     try:
@@ -154,10 +154,7 @@ def read_served(
         raise ClientError(_STRANGE) from e
 
 # %% ../../nbs/serve/95_frontend.ipynb #4eb2a3b3
-def _line(
-    value: object,  # anything
-    most: int = 600,  # characters
-) -> str:  # one line that is text and nothing else
+def _line(value: object, most: int = 600) -> str:
     "Escape what goes into the page."
     return escape(" ".join(str(value).split())[:most], quote=True)
 
@@ -172,10 +169,7 @@ def trouble_html(
     return f'<div class="trouble"><strong>That did not work.</strong> {whole}</div>'
 
 # %% ../../nbs/serve/95_frontend.ipynb #d714eb74
-def _table(
-    chances: Mapping[str, float],  # class -> probability
-    most: int,  # classes that the bars show
-) -> str:  # HTML
+def _table(chances: Mapping[str, float], most: int) -> str:
     "All classes, folded away, where there are more than the bars show."
     if len(chances) <= most:
         return ""
@@ -183,10 +177,7 @@ def _table(
     return f"<details><summary>All {len(chances)} classes</summary><table>{rows}</table></details>"
 
 
-def _links(
-    model: Served,
-    id: object,  # of the prediction
-) -> str:  # HTML
+def _links(model: Served, id: object) -> str:
     "Where to read on."
     pages = {"model card": model.path("models", "card"), "lineage": model.path("models", "lineage")}
     pages["this prediction"] = f"predictions/{quote(str(id), safe='')}"
@@ -234,19 +225,13 @@ def find_model(
     return read_served(desk.service.json("GET", f"models/{quote(task, safe='')}"))
 
 # %% ../../nbs/serve/95_frontend.ipynb #7d79ef92
-def _cleared(
-    said: str = "The answer appears here.",  # in place of an answer
-) -> View:
+def _cleared(said: str = "The answer appears here.") -> View:
     "The page without an answer."
     gone: View = {"bars": {"value": None, "visible": False}, "correction": {"visible": False}}
     return gone | {"said": {"value": said}, "id": {"value": ""}, "told": {"value": ""}}
 
 
-def _shown(
-    answer: Mapping[str, Any],  # the service's prediction
-    model: Served,  # whose it is
-    took: float,  # seconds, seen from here
-) -> View:
+def _shown(answer: Mapping[str, Any], model: Served, took: float) -> View:
     "The page with an answer."
     try:
         chances = {str(name): float(p) for name, p in answer["probabilities"].items()}
@@ -261,11 +246,7 @@ def _shown(
 SAMPLES = 12  # that are shown
 
 
-def _sample_image(
-    desk: Desk,
-    model: Served,
-    number: object,  # of a sample
-) -> str:  # path of a PNG
+def _sample_image(desk: Desk, model: Served, number: object) -> str:
     "The image of a sample, fetched once a version."
     name = sha256(f"{model.task} {model.version} {number}".encode()).hexdigest()[:24]
     path = desk.folder / "samples" / f"{name}.png"
@@ -323,10 +304,7 @@ def open_page(
     return choose_task(desk, models[0].task) | here
 
 # %% ../../nbs/serve/95_frontend.ipynb #c5d3e1ab
-def _image_body(
-    desk: Desk,
-    picture: Mapping[str, Any] | None,  # an upload, with its path
-) -> dict[str, Any]:  # of a request
+def _image_body(desk: Desk, picture: Mapping[str, Any] | None) -> dict[str, Any]:
     "An image as it was uploaded."
     if not isinstance(picture, Mapping) or not picture.get("path"):
         raise ClientError("choose an image first")
@@ -339,10 +317,7 @@ def _image_body(
         raise ClientError("uploads are kept for ten minutes, and this one is gone; choose it again") from None
 
 
-def _text_body(
-    model: Served,
-    texts: Sequence[Any],  # one for each of the task's fields
-) -> dict[str, Any]:  # of a request
+def _text_body(model: Served, texts: Sequence[Any]) -> dict[str, Any]:
     "Texts by the names of their fields."
     row = {name: str(text or "") for name, text in zip(model.fields, texts, strict=False)}
     if not any(map(str.strip, row.values())):
@@ -400,10 +375,7 @@ def correct(
     return {"told": {"value": f'<div class="noted">Noted as {_line(noted["label"])}.</div>'}}
 
 # %% ../../nbs/serve/95_frontend.ipynb #54c4f951
-def _troubled(
-    act: Callable[..., View],  # one of the functions above
-    words: object,  # what went wrong
-) -> View:
+def _troubled(act: Callable[..., View], words: object) -> View:
     "The page when it has no answer."
     if act is open_page:
         told = trouble_html(words, "Reload this page to look again.")
@@ -448,9 +420,7 @@ new MutationObserver(() => {
 </script>"""
 
 # %% ../../nbs/serve/95_frontend.ipynb #671e9673
-def _inputs(
-    gr: Any,  # the package gradio
-) -> dict[str, Any]:  # parts of the page
+def _inputs(gr: Any) -> dict[str, Any]:
     "The left side: what can be asked."
     image: dict[str, Any] = {"type": "filepath", "sources": ["upload", "clipboard"], "height": 280}
     hidden: dict[str, Any] = {"buttons": [], "visible": False}
@@ -465,9 +435,7 @@ def _inputs(
     }
 
 
-def _outputs(
-    gr: Any,  # the package gradio
-) -> dict[str, Any]:  # parts of the page
+def _outputs(gr: Any) -> dict[str, Any]:
     "The right side: what was answered."
     parts = {
         "said": gr.Markdown("The answer appears here.", latex_delimiters=[], container=True),
@@ -480,9 +448,7 @@ def _outputs(
     return parts | {"told": gr.Markdown("", latex_delimiters=[])}
 
 # %% ../../nbs/serve/95_frontend.ipynb #715fbf12
-def _parts(
-    gr: Any,  # the package gradio
-) -> dict[str, Any]:  # name -> component
+def _parts(gr: Any) -> dict[str, Any]:
     "Everything on the page, laid out."
     gr.Markdown("# Ask a model\nGive it an image or a text; see what it says, and where that comes from.")
     parts = {"banner": gr.Markdown("Looking for the service …", latex_delimiters=[])}
@@ -499,12 +465,7 @@ def _parts(
     return parts
 
 # %% ../../nbs/serve/95_frontend.ipynb #dd9ccaa0
-def _listener(
-    gr: Any,  # the package gradio
-    parts: Mapping[str, Any],  # name -> component
-    desk: Desk,
-    act: Callable[..., View],  # what is done
-) -> Any:  # a function as gradio wants it
+def _listener(gr: Any, parts: Mapping[str, Any], desk: Desk, act: Callable[..., View]) -> Any:
     "The view of what was done, for the components."
 
     def answer(*given: Any) -> dict[Any, Any]:
@@ -514,12 +475,7 @@ def _listener(
     return answer
 
 
-def _listen(
-    gr: Any,  # the package gradio
-    blocks: Any,  # the page
-    p: Mapping[str, Any],  # name -> component
-    desk: Desk,
-) -> None:
+def _listen(gr: Any, blocks: Any, p: Mapping[str, Any], desk: Desk) -> None:
     "Say what each press of a button does."
     acts = (open_page, choose_task, ask, ask_sample, correct)
     opened, chosen, asked, sampled, corrected = (_listener(gr, p, desk, act) for act in acts)
@@ -559,10 +515,7 @@ _OPEN = re.compile(
 )
 
 
-def _inside(
-    path: object,  # as a stranger wrote it
-    folder: Path,  # that of the page
-) -> bool:
+def _inside(path: object, folder: Path) -> bool:
     "Whether a path lies below the folder."
     if not isinstance(path, str) or "\0" in path:
         return False
@@ -586,9 +539,7 @@ def check_files(
             waiting += value
 
 
-def _bytes_below(
-    folder: Path,
-) -> int:
+def _bytes_below(folder: Path) -> int:
     "What the files of a folder take, those that vanish meanwhile left out."
     found = 0
     for path in folder.rglob("*"):
@@ -651,10 +602,7 @@ class Marked:
         await self.app(scope, receive, marked)
 
 # %% ../../nbs/serve/95_frontend.ipynb #d1100dd5
-def _hand_on(
-    app: Any,  # FastAPI
-    desk: Desk,
-) -> None:
+def _hand_on(app: Any, desk: Desk) -> None:
     "Add the pages of the service that answers link to."
     from fastapi import Response
 

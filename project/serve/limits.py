@@ -41,11 +41,7 @@ from ..serialize import json_bytes
 _log = logging.getLogger("project.serve")
 
 # %% ../../nbs/serve/45_limits.ipynb #cea7fd3e
-def _setting(
-    default: Any,  # the value where the environment has none; its type is the setting's
-    env: str,  # the variable
-    text: str,  # one line for the table
-) -> Any:  # a dataclass field
+def _setting(default: Any, env: str, text: str) -> Any:
     "A field of `Settings`."
     return field(default=default, metadata={"env": env, "text": text})
 
@@ -164,11 +160,7 @@ def _wrong_addresses(s: "Settings") -> list[str]:
     return wrong
 
 # %% ../../nbs/serve/45_limits.ipynb #244084d6
-def _one(
-    text: str,  # what the variable holds
-    default: Any,  # of the type that is wanted
-    env: str,  # the variable, for the message
-) -> Any:  # the value
+def _one(text: str, default: Any, env: str) -> Any:
     "Read one setting."
     if isinstance(default, tuple):
         return tuple(t.strip() for t in text.split(",") if t.strip())
@@ -427,11 +419,7 @@ _SLOWEST = 20_000  # bytes a second that buy a client more time
 Receive = Callable[[], Awaitable[Any]]
 
 
-async def _discard(
-    receive: Receive,  # of ASGI
-    most: int = 300_000_000,  # bytes
-    seconds: float = 3,
-) -> bool:  # whether that was all
+async def _discard(receive: Receive, most: int = 300_000_000, seconds: float = 3) -> bool:
     "Read on and forget, for a while: a client that is cut off while it sends never sees the answer."
     try:
         async with asyncio.timeout(seconds):
@@ -537,9 +525,7 @@ def _bad_form(found: str) -> Problem:
 
 
 @functools.lru_cache(256)  # clients send the same headers again and again
-def _part_head(
-    head: bytes,  # a part's headers, of limited length
-) -> tuple[str, str | None, str]:  # name, name of the file, type
+def _part_head(head: bytes) -> tuple[str, str | None, str]:
     "Read the headers of a part."
     lines = head.decode("utf-8", "replace").split("\r\n")
     named = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
@@ -720,9 +706,7 @@ def _utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
-def _access_line(
-    line: tuple[Any, ...],  # the time, and the values of `_ACCESS`
-) -> str:
+def _access_line(line: tuple[Any, ...]) -> str:
     "One request as a line of JSON."
     known = {k: v for k, v in zip(_ACCESS, line[1:], strict=False) if v not in ("", None)}
     shown = {"time": _utc(line[0]), "level": "info", "event": "request", **known}
@@ -1008,10 +992,7 @@ def _marked(call: Call, send: Send, draining: Callable[[], bool]) -> Send:
     return marked
 
 
-def _replay(
-    body: bytes,  # that was read already
-    receive: Receive,  # for what comes after it
-) -> Receive:
+def _replay(body: bytes, receive: Receive) -> Receive:
     "`receive` for a request whose body was read."
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 

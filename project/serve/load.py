@@ -94,11 +94,7 @@ class LoadError(ValueError):
     "Nothing can be measured, and why."
 
 
-def _get(
-    url: str,  # of the service
-    path: str,  # below it
-    key: str = "",  # an API key
-) -> bytes:  # the answer's body
+def _get(url: str, path: str, key: str = "") -> bytes:
     "One question before the test."
     request = urllib.request.Request(url.rstrip("/") + path, headers={"X-API-Key": key} if key else {})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -210,12 +206,7 @@ class Level:
         return {f"load/{self.name or self.clients}/{k}": v for k, v in found.items() if v is not None}
 
 # %% ../../nbs/serve/20_load.ipynb #9462631e
-def _request(
-    url: SplitResult,  # of the service
-    task: str,
-    sample: Sample,
-    key: str = "",  # an API key
-) -> bytes:  # what goes over the wire
+def _request(url: SplitResult, task: str, sample: Sample, key: str = "") -> bytes:
     "A request, ready to be sent."
     if re.search(r"[^\x21-\x7e]", key):
         raise LoadError("expected an API key of printable characters, found others")
@@ -229,9 +220,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.I)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.I)
 
 
-async def _read(
-    reader: asyncio.StreamReader,
-) -> tuple[bytes, bytes]:  # head and body
+async def _read(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     "One answer."
     head = await reader.readuntil(b"\r\n\r\n")
     if found := _LENGTH.search(head):
@@ -288,9 +277,7 @@ class _Client:
         return b"\r\nconnection: close" not in lower
 
 # %% ../../nbs/serve/20_load.ipynb #ea9fff74
-async def _connect(
-    client: _Client,
-) -> Any:  # reader and writer, or None
+async def _connect(client: _Client) -> Any:
     "A connection; one that fails is counted."
     try:
         async with asyncio.timeout(client.patience):
@@ -301,12 +288,7 @@ async def _connect(
         return None
 
 
-async def _work(
-    client: _Client,
-    streams: Any,  # reader and writer, or None
-    first: int,  # request; the others follow
-    until: float,  # on the clock
-) -> None:
+async def _work(client: _Client, streams: Any, first: int, until: float) -> None:
     "Ask until time is up."
     while time.perf_counter() < until:
         streams, first, again = streams or await _connect(client), first + 1, False
@@ -336,11 +318,7 @@ def memory_of(
     return 0
 
 
-async def _watch_memory(
-    pid: int,  # of the server
-    seen: list[tuple[float, int]],  # what was found is added here
-    every: float = 0.1,  # seconds
-) -> None:
+async def _watch_memory(pid: int, seen: list[tuple[float, int]], every: float = 0.1) -> None:
     "Note the server's memory until cancelled."
     while held := memory_of(pid):
         seen.append((time.perf_counter(), held))
@@ -357,13 +335,7 @@ def _loop() -> asyncio.AbstractEventLoop:
         return asyncio.new_event_loop()
 
 
-async def _level(
-    client: _Client,
-    clients: int,
-    seconds: float,
-    pid: int,  # of the server; 0: unknown
-    name: str,  # for the record
-) -> Level:
+async def _level(client: _Client, clients: int, seconds: float, pid: int, name: str) -> Level:
     "All clients of one level."
     streams = [s for i in range(0, clients, 100) for s in await _connect_some(client, min(100, clients - i))]
     memory: list[tuple[float, int]] = []
@@ -435,11 +407,7 @@ serve(port=0)
 """
 
 
-def _server_environment(
-    task: str,  # "": all
-    bundle: str,  # folder; "": the registry's production models, or the last run's bundle
-    folder: Path,  # for what the server writes
-) -> dict[str, str]:
+def _server_environment(task: str, bundle: str, folder: Path) -> dict[str, str]:
     "Settings of a server for the test alone."
     if not bundle:
         registry = Registry()
@@ -451,11 +419,7 @@ def _server_environment(
     return env | ({"PROJECT_SERVE_BUNDLES": bundle} if bundle else {"PROJECT_SERVE_TASKS": task})
 
 # %% ../../nbs/serve/20_load.ipynb #b965d56f
-def _wait_ready(
-    process: "subprocess.Popen[bytes]",  # a server
-    errors: Path,  # what it says
-    seconds: float = 60.0,  # at most
-) -> str:  # its address
+def _wait_ready(process: "subprocess.Popen[bytes]", errors: Path, seconds: float = 60.0) -> str:
     "Wait until requests should be sent."
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:

@@ -167,9 +167,7 @@ def fit_row(
     return fit
 
 
-def _read_row(
-    row: Mapping[str, Any],  # as the database has it
-) -> dict[str, Any]:  # with its JSON read
+def _read_row(row: Mapping[str, Any]) -> dict[str, Any]:
     "A row as it is given back."
     found = dict(row)
     for name in ("probabilities", "features"):
@@ -179,7 +177,7 @@ def _read_row(
 
 # %% ../../nbs/serve/35_log.ipynb #8171272f
 @functools.cache
-def _schema() -> SimpleNamespace:  # the two tables, and SQLAlchemy itself
+def _schema() -> SimpleNamespace:
     "The tables of the log."
     import sqlalchemy as sa
 
@@ -202,11 +200,7 @@ def _schema() -> SimpleNamespace:  # the two tables, and SQLAlchemy itself
     return SimpleNamespace(sa=sa, predictions=predictions, feedback=feedback, tables=(predictions, feedback))
 
 # %% ../../nbs/serve/35_log.ipynb #82f469b4
-def _engine(
-    url: str,  # from `log_url`
-    wait: float,  # seconds that a lock of SQLite, or a new connection, may take
-    keep: bool,  # connections, for the next time
-) -> Any:  # an engine; nothing is opened yet
+def _engine(url: str, wait: float, keep: bool) -> Any:
     "SQLAlchemy's engine for a log. SQLite: WAL, so that readers and the writer do not wait for each other."
     sa = _schema().sa
     pool = {"pool_pre_ping": True} if keep else {"poolclass": sa.pool.NullPool}
@@ -291,9 +285,7 @@ class _Database:
                 opened[0].dispose()
 
 # %% ../../nbs/serve/35_log.ipynb #2dfe90a7
-def _check_server(
-    url: str,  # from `log_url`
-) -> None:
+def _check_server(url: str) -> None:
     "`ValueError` where a URL of a server can never work."
     if importlib.util.find_spec("psycopg") is None:
         raise ValueError('a prediction log in PostgreSQL needs the package psycopg: pip install "psycopg[binary]"')
@@ -303,9 +295,7 @@ def _check_server(
         raise ValueError(f"no URL of a database ({e}); expected postgresql://user:password@host:5432/name") from None
 
 
-def _make_tables(
-    engine: Any,  # of a log that may have them already, or be getting them from another process
-) -> None:
+def _make_tables(engine: Any) -> None:
     "Make the tables and their indexes."
     create = _schema().sa.schema
     with engine.begin() as c:
@@ -315,9 +305,7 @@ def _make_tables(
                 c.execute(create.CreateIndex(index, if_not_exists=True))
 
 
-def _why(
-    error: Exception,  # from SQLAlchemy, or the system
-) -> str:  # one line, without the statement and its parameters
+def _why(error: Exception) -> str:
     "What went wrong, in the database's words."
     said = str(getattr(error, "strerror", "") or getattr(error, "orig", None) or error).strip().splitlines()
     return f"{type(error).__name__}: {said[0] if said else ''}"[:300]
@@ -326,7 +314,7 @@ def _why(
 _PAGE = 1000
 
 
-def _with_label() -> Any:  # a select of all columns of a prediction, and of its latest feedback
+def _with_label() -> Any:
     "Predictions with the label that was last given to each."
     s = _schema()
     sa, p, f = s.sa, s.predictions, s.feedback
@@ -336,12 +324,7 @@ def _with_label() -> Any:  # a select of all columns of a prediction, and of its
     return sa.select(p, *label).select_from(p.outerjoin(f, sa.and_(f.c.prediction == p.c.id, f.c.n == last)))
 
 
-def _asked(
-    query: Any,  # a select of predictions
-    task: str,  # "": of any task
-    since: Any,  # anything `stamp` takes; None: from the first
-    until: Any,  # anything `stamp` takes, not included; None: to the last
-) -> Any:  # the query with these conditions
+def _asked(query: Any, task: str, since: Any, until: Any) -> Any:
     "Only the predictions that were asked for."
     p = _schema().predictions
     query = query.where(p.c.task == task) if task else query
@@ -350,11 +333,8 @@ def _asked(
 
 
 def _pages(
-    database: _Database,  # where to read
-    query: Any,  # a select of predictions
-    limit: int | None = None,  # at most so many
-    newest: bool = False,  # the latest first
-) -> Iterator[list[dict[str, Any]]]:  # rows as the database has them
+    database: _Database, query: Any, limit: int | None = None, newest: bool = False
+) -> Iterator[list[dict[str, Any]]]:
     "The rows of a query, a page at a time, in the order of time and id."
     sa, p = _schema().sa, _schema().predictions
     order = [c.desc() if newest else c for c in (p.c.time, p.c.id)]
@@ -373,7 +353,7 @@ def _pages(
             return
 
 # %% ../../nbs/serve/35_log.ipynb #95a8de53
-def _arrow() -> Any:  # a pyarrow schema
+def _arrow() -> Any:
     "The columns of an exported log."
     import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
@@ -383,11 +363,7 @@ def _arrow() -> Any:  # a pyarrow schema
     return pa.schema([*columns, ("label", pa.string()), ("label_source", pa.string()), ("label_time", moment)])
 
 
-def _write_parquet(
-    path: Path,  # the file to make or replace
-    pages: Iterable[list[dict[str, Any]]],  # rows as the database has them
-    total: int,  # about how many
-) -> int:  # how many there were
+def _write_parquet(path: Path, pages: Iterable[list[dict[str, Any]]], total: int) -> int:
     "Write rows to a Parquet file, with a progress display."
     import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
     from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
@@ -516,9 +492,7 @@ _SOME = 16  # rows that are made fit together
 _log = logging.getLogger(__name__)
 
 
-def _size(
-    row: Mapping[str, Any],  # as it was put, or as it is written
-) -> int:  # bytes
+def _size(row: Mapping[str, Any]) -> int:
     "What a row holds of its input."
     return len(row.get("input") or b"") + getattr(row.get("raw"), "nbytes", 0)
 
@@ -542,7 +516,7 @@ class _Rows:
         "How many rows there are."
         return len(self._waiting) + len(self._ready) + len(self._writing)
 
-    def _prepare(self) -> str:  # why some cannot be; they wait on
+    def _prepare(self) -> str:
         "Make the rows that wait fit for the database."
         before = sum(map(_size, self._waiting.values()))
         fit, why = _fit_rows(self._waiting, self._complete)
@@ -592,10 +566,7 @@ class _Queue(_Rows):
         return False
 
 # %% ../../nbs/serve/35_log.ipynb #71feb0b3
-def _completed(
-    rows: list[dict[str, Any]],  # as they were put, which is changed
-    complete: Callable[[list[dict[str, Any]]], None] | None,
-) -> None:
+def _completed(rows: list[dict[str, Any]], complete: Callable[[list[dict[str, Any]]], None] | None) -> None:
     "Let the service add what it left for later; a row is worth writing without that too."
     try:
         if complete:
@@ -605,9 +576,8 @@ def _completed(
 
 
 def _fit_rows(
-    rows: Mapping[str, dict[str, Any]],  # as they were put, by id
-    complete: Callable[[list[dict[str, Any]]], None] | None = None,
-) -> tuple[dict[str, dict[str, Any]], str]:  # those that can be written, and why others cannot
+    rows: Mapping[str, dict[str, Any]], complete: Callable[[list[dict[str, Any]]], None] | None = None
+) -> tuple[dict[str, dict[str, Any]], str]:
     "Make rows fit for the database."
     fit: dict[str, dict[str, Any]] = {}
     why = ""
@@ -620,10 +590,7 @@ def _fit_rows(
     return fit, why
 
 
-def _insert(
-    database: _Database,  # where to
-    rows: Sequence[dict[str, Any]],  # each with every column
-) -> None:
+def _insert(database: _Database, rows: Sequence[dict[str, Any]]) -> None:
     "Insert rows, all or none; those that are there already are left as they are."
     from sqlalchemy.dialects import postgresql, sqlite
 

@@ -102,10 +102,7 @@ _NAMES, _NUMBERS = 1 << 20, 1 << 17  # bytes of names; bytes of numbers
 _FORM = "project-metrics-1"  # the first name: another form is not read
 
 
-def _reserve(
-    file: IO[bytes],  # an open file
-    size: int,  # bytes
-) -> None:
+def _reserve(file: IO[bytes], size: int) -> None:
     "Make a file so large that writing to it cannot fail."
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
@@ -117,16 +114,12 @@ def _reserve(
 _REMEMBERED = 20_000  # label values as callers write them
 
 
-def _label(
-    value: Any,  # what a caller gave
-) -> str:  # at most 100 characters that UTF-8 knows
+def _label(value: Any) -> str:
     "A label's value."
     return str(value)[:100].encode("utf-8", "replace").decode()
 
 
-def _other(
-    family: Family,  # any
-) -> tuple[str, ...]:  # as many as it has
+def _other(family: Family) -> tuple[str, ...]:
     "The labels of what is not told apart."
     return ("other",) * len(family.labels)
 
@@ -207,9 +200,7 @@ class _Numbers:
             self.lock.release()
 
 # %% ../../nbs/serve/40_metrics.ipynb #c03002fb
-def _read_numbers(
-    content: Any,  # of a worker's file
-) -> Iterator[tuple[Family, tuple[str, ...], list[float]]]:  # the series in it that this version knows
+def _read_numbers(content: Any) -> Iterator[tuple[Family, tuple[str, ...], list[float]]]:
     "The series of a worker; what is damaged or of another form is left out."
     view = memoryview(content)
     if len(view) != _NAMES + _NUMBERS:
@@ -229,11 +220,7 @@ def _read_numbers(
 _Series = dict[tuple[str, tuple[str, ...]], list[float]]
 
 
-def _add_up(
-    totals: _Series,  # what there is; added to
-    series: Iterable[tuple[Family, tuple[str, ...], list[float]]],  # of one worker
-    most: bool = False,  # whether to keep each family to its limit
-) -> None:
+def _add_up(totals: _Series, series: Iterable[tuple[Family, tuple[str, ...], list[float]]], most: bool = False) -> None:
     "Add the numbers of a worker, each series the way of its family."
     for family, labels, numbers in series:
         key = (family.name, labels)
@@ -243,9 +230,7 @@ def _add_up(
         totals[key] = [max(a, b) if family.merge == "max" else a + b for a, b in zip(old, numbers, strict=True)]
 
 
-def _read_gone(
-    path: Path,  # gone.json
-) -> tuple[_Series, list[str]]:  # the numbers, and the files that are in them
+def _read_gone(path: Path) -> tuple[_Series, list[str]]:
     "The numbers of the workers that ended."
     totals: _Series = {}
     try:
@@ -257,10 +242,7 @@ def _read_gone(
         return {}, []
 
 
-def _bury(
-    folder: Path,  # of all workers
-    dead: Mapping[Path, Any],  # their files, and what is in them
-) -> _Series:  # the numbers of all workers that ended
+def _bury(folder: Path, dead: Mapping[Path, Any]) -> _Series:
     "Add what dead workers counted to gone.json, and delete their files. A disk that is full leaves them as they are."
     totals, files = _read_gone(folder / "gone.json")
     new = {path: content for path, content in dead.items() if path.name not in files}
@@ -425,9 +407,7 @@ class Metrics(_Observer):
 
 # %% ../../nbs/serve/40_metrics.ipynb #7aa2edba
 @contextlib.contextmanager
-def _alone(
-    folder: Path,  # of all workers
-) -> Iterator[bool]:  # False where it could not be had
+def _alone(folder: Path) -> Iterator[bool]:
     "Only one worker at a time collects."
     with contextlib.ExitStack() as stack:
         try:
@@ -438,9 +418,7 @@ def _alone(
         yield alone
 
 
-def _collect(
-    observer: _Observer,  # of this worker
-) -> _Series:  # of all workers
+def _collect(observer: _Observer) -> _Series:
     "Add up the workers that live and those that ended."
     totals: _Series = {}
     numbers, folder = observer._numbers, observer.folder

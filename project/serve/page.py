@@ -38,16 +38,12 @@ def page_headers(
     }
 
 # %% ../../nbs/serve/50_page.ipynb #86c59746
-def _text(
-    value: object,  # anything
-) -> str:  # safe in an element and in a quoted attribute
+def _text(value: object) -> str:
     "Escape what goes into HTML."
     return escape(str(value), quote=True)
 
 
-def _data(
-    value: object,  # anything JSON knows
-) -> str:  # safe in a <script> element
+def _data(value: object) -> str:
     "JSON whose characters cannot end the element it stands in."
     text = json.dumps(value, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -83,7 +79,7 @@ _DARK = {
 }
 
 # %% ../../nbs/serve/50_page.ipynb #7d882e9a
-def _colours() -> str:  # CSS
+def _colours() -> str:
     "Both sets of colours, as variables."
     light, dark = ("".join(f"--{k}:{v};" for k, v in theme.items()) for theme in (_LIGHT, _DARK))
     return f":root{{color-scheme:light dark;{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
@@ -219,17 +215,13 @@ details .facts{margin-top:0;border:0;padding-top:.25rem}
 """
 
 # %% ../../nbs/serve/50_page.ipynb #b14d3223
-def _share(
-    value: object,  # from 0 to 1
-) -> str:  # "93.4 %"; empty for anything else
+def _share(value: object) -> str:
     "A share as a person reads it."
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
     return f"{value:.1%}".replace("%", "\u00a0%") if number else ""
 
 
-def _how_well(
-    metrics: Mapping[str, Any],  # of the manifest
-) -> str:  # a sentence; empty where nothing was measured
+def _how_well(metrics: Mapping[str, Any]) -> str:
     "What the model's test said."
     if not (right := _share(metrics.get("test/acc"))):
         return ""
@@ -241,19 +233,13 @@ def _how_well(
     return told + (f"; {other} on rows from other sources" if other else "") + "."
 
 # %% ../../nbs/serve/50_page.ipynb #0aec0772
-def _link(
-    href: str,  # relative, so that the page also works below a prefix
-    text: str,  # what it says
-    about: str = "",  # said to screen readers only
-) -> str:  # HTML
+def _link(href: str, text: str, about: str = "") -> str:
     "A link to a new tab: what was typed in here stays."
     heard = f'<span class="heard"> {_text(about)} (opens in a new tab)</span>'
     return f'<a href="{_text(href)}" target="_blank" rel="noopener">{_text(text)}{heard}</a>'
 
 
-def _about(
-    model: Mapping[str, Any],  # an entry of GET /models
-) -> str:  # HTML
+def _about(model: Mapping[str, Any]) -> str:
     "What a task's model is, how well it did, and where to read more."
     task, classes = quote(str(model["task"]), safe=""), list(model.get("classes") or [])
     some = ", ".join(classes[:3]) + (" \u2026" if len(classes) > 3 else "")
@@ -273,10 +259,7 @@ _ICON = (
 )
 
 
-def _image_form(
-    i: int,  # number of the task on the page
-    limit: str,  # "at most 10 MB"; may be empty
-) -> str:  # HTML
+def _image_form(i: int, limit: str) -> str:
     "Where an image is dropped, chosen or pasted."
     limit = f", {limit}" if limit else ""
     return (
@@ -287,10 +270,7 @@ def _image_form(
     )
 
 # %% ../../nbs/serve/50_page.ipynb #a6c953e8
-def _text_form(
-    i: int,  # number of the task on the page
-    fields: Sequence[str],  # what the model reads
-) -> str:  # HTML
+def _text_form(i: int, fields: Sequence[str]) -> str:
     "A field for each column; the last one is the long one."
     boxes = []
     for k, name in enumerate(fields):
@@ -301,18 +281,12 @@ def _text_form(
     return "".join(boxes) + '<div class="row"><button class="main" type="submit">Predict</button></div>'
 
 # %% ../../nbs/serve/50_page.ipynb #888f2b63
-def _fields(
-    model: Mapping[str, Any],  # an entry of GET /models
-) -> list[str]:  # names, in the order the model reads them; one at least
+def _fields(model: Mapping[str, Any]) -> list[str]:
     "The columns of a text task."
     return list((model.get("input") or {}).get("fields") or []) or ["text"]
 
 
-def _panel(
-    i: int,  # number of the task on the page
-    model: Mapping[str, Any],  # an entry of GET /models
-    limit: str,  # of an image, in words
-) -> str:  # HTML
+def _panel(i: int, model: Mapping[str, Any], limit: str) -> str:
     "A task's part of the page; the script shows one at a time."
     is_image = model.get("kind") == "image"
     form = _image_form(i, limit) if is_image else _text_form(i, _fields(model))
@@ -814,17 +788,13 @@ _NOTHING = (
 )
 
 # %% ../../nbs/serve/50_page.ipynb #17d3e106
-def _is_small(
-    model: Mapping[str, Any],  # an entry of GET /models
-) -> bool:  # whether its images are shown as pixels
+def _is_small(model: Mapping[str, Any]) -> bool:
     "Whether the images that a model reads are of a few pixels."
     shape = (model.get("input") or {}).get("shape") or []
     return model.get("kind") == "image" and len(shape) > 2 and (shape[1] or 64) < 64
 
 
-def _key_field(
-    keys: bool,  # whether the service asks for one
-) -> str:  # HTML
+def _key_field(keys: bool) -> str:
     "Where an API key is entered; it stays in the field and is sent with each request."
     if not keys:
         return ""
@@ -835,9 +805,7 @@ def _key_field(
     )
 
 # %% ../../nbs/serve/50_page.ipynb #b63474b6
-def _notices(
-    notices: Sequence[str],  # sentences
-) -> str:  # HTML
+def _notices(notices: Sequence[str]) -> str:
     "What is not as it should be with the service, told where everybody sees it."
     if not notices:
         return ""
@@ -848,10 +816,7 @@ def _notices(
     )
 
 # %% ../../nbs/serve/50_page.ipynb #cd8e15be
-def _work(
-    models: Sequence[Mapping[str, Any]],  # entries of GET /models
-    settings: Mapping[str, Any],  # see `page`
-) -> str:  # HTML
+def _work(models: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     "The tasks, their inputs and the place for answers."
     limit = settings.get("max_bytes")
     words = f"at most {human_bytes(limit)}" if limit else ""
@@ -870,7 +835,7 @@ def _work(
     )
 
 # %% ../../nbs/serve/50_page.ipynb #95b298f4
-def _script() -> str:  # JavaScript
+def _script() -> str:
     "All of the script, in the order that it was told in."
     parts = [_ASK, _FETCH, _SHOW, _PIECES, _LINEAGE, _CHAIN, _RESULT, _SHOW_ALL, _FEEDBACK, _PREDICT, _GIVEN]
     return "".join([*parts, _SAMPLES, _SHELF, _EVENTS, _CONTROLLED, _ANYWHERE])

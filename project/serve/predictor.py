@@ -63,11 +63,7 @@ def image_pixels(
         return 0
 
 
-def _refusal(
-    content: bytes | memoryview,  # what was sent
-    error: ImageError,  # why it was not decoded
-    most: int,  # pixels that are allowed
-) -> InputError:  # the same, with a status
+def _refusal(content: bytes | memoryview, error: ImageError, most: int) -> InputError:
     "Which of the client's mistakes it was."
     start = bytes(content[:12])
     known = start.startswith(_MAGIC) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
@@ -76,11 +72,7 @@ def _refusal(
     return InputError(str(error), 413 if image_pixels(content) > most else 400)
 
 # %% ../../nbs/serve/15_predictor.ipynb #a04590e7
-def _field(
-    name: str,  # of the field
-    value: object,  # what was sent
-    max_chars: int,  # more is refused
-) -> str:  # the same
+def _field(name: str, value: object, max_chars: int) -> str:
     "Refuse what is no text, half of a character, or too long."
     if not isinstance(value, str):
         raise InputError(f"{name}: expected text, found {type(value).__name__}")
@@ -139,10 +131,7 @@ class Heavy(Exception):
     "An image that takes so much memory that it must wait for its turn."
 
 
-def _start(
-    bundle: Bundle,  # an open bundle
-    threads: int,  # within one operator of the model
-) -> tuple[Any, Any, np.ndarray]:  # the session, the tokenizer or None, and a row to try them with
+def _start(bundle: Bundle, threads: int) -> tuple[Any, Any, np.ndarray]:
     "What answers, or `BundleError`."
     spec, where = bundle.manifest["input"], show_path(bundle.onnx)
     if bundle.kind == "image" and not (spec["shape"][1] == spec["shape"][2] and spec["channels"] in (1, 3)):
@@ -156,10 +145,7 @@ def _start(
     return session, None, np.zeros(spec["shape"][1:], np.uint8)
 
 # %% ../../nbs/serve/15_predictor.ipynb #6dc55a18
-def _check_row(
-    bundle: Bundle,  # an open bundle
-    row: np.ndarray,  # pixels or ids
-) -> None:
+def _check_row(bundle: Bundle, row: np.ndarray) -> None:
     "Refuse what did not come from reading: scaled pixels, another size, ids of another tokenizer."
     spec = bundle.manifest["input"]
     if bundle.kind == "image":
@@ -177,11 +163,7 @@ def _check_row(
         )
 
 
-def _no_run(
-    bundle: Bundle,  # an open bundle
-    inputs: np.ndarray,  # a batch that fits it
-    why: str,  # what happened
-) -> BundleError:
+def _no_run(bundle: Bundle, inputs: np.ndarray, why: str) -> BundleError:
     "The error of a model that does not run on what it was made for."
     size = " x ".join(map(str, inputs.shape))
     return BundleError(f"{bundle.task}: expected answers to a batch of {size}, found none ({why:.300}). Export again.")

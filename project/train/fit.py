@@ -239,9 +239,7 @@ class _Stopping(pl.Callback):
         self.on_train_start(trainer, pl_module)
 
 # %% ../../nbs/train/40_fit.ipynb #6d167eb7
-def _read_checkpoint(
-    path: str | Path,  # written by `fit`
-) -> dict[str, Any]:  # what it holds
+def _read_checkpoint(path: str | Path) -> dict[str, Any]:
     "Read a checkpoint; one that is not there or not whole is named in the error."
     if not Path(path).is_file():
         raise ValueError(f"resume_from: expected a checkpoint, found no file at {show_path(path)}")
@@ -259,9 +257,7 @@ def _read_checkpoint(
         ) from e
 
 
-def _rows(
-    state: dict[str, Any],  # a checkpoint's content
-) -> list[dict[str, Any]]:  # one for each epoch that was finished
+def _rows(state: dict[str, Any]) -> list[dict[str, Any]]:
     "The history in a checkpoint."
     return state["callbacks"][_History.__qualname__]["rows"]
 
@@ -301,10 +297,7 @@ class _Reading(pl.Callback):
         self.train.set_epoch(trainer.current_epoch)
 
 # %% ../../nbs/train/40_fit.ipynb #8e72034c
-def _device(
-    accelerator: str,  # one of ACCELERATORS
-    many: bool = False,  # whether CUDA must stay untouched in this process
-) -> str:  # "cpu", "cuda" or "mps"
+def _device(accelerator: str, many: bool = False) -> str:
     "The kind of device an accelerator's name means here."
     if accelerator not in ("gpu", "auto"):
         return accelerator
@@ -312,10 +305,7 @@ def _device(
     return "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _where(
-    accelerator: str,  # one of ACCELERATORS
-    devices: Any,  # how many; "auto" is one
-) -> tuple[str, int]:  # kind of device, and how many
+def _where(accelerator: str, devices: Any) -> tuple[str, int]:
     "What to train on; raises for what cannot be."
     _choice("accelerator", accelerator, ACCELERATORS)
     if devices != "auto" and not (isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1):
@@ -329,10 +319,7 @@ def _where(
     return kind, many
 
 # %% ../../nbs/train/40_fit.ipynb #cdc4160a
-def _check_parts(
-    train: Any,  # what is shared out
-    many: int,  # processes
-) -> None:
+def _check_parts(train: Any, many: int) -> None:
     "Raise unless a batch can be shared out evenly."
     whole = min(train.batch_size, len(train.rows))
     if whole % many:
@@ -386,11 +373,7 @@ class Fit:
         return {"epoch": self.epoch, "epochs": len(self.history), "reason": self.epoch_reason, **numbers}
 
 # %% ../../nbs/train/40_fit.ipynb #1d0f53c5
-def _profiler(
-    profile: str,  # one of PROFILES
-    run_dir: Path,  # the run's folder
-    steps: int,  # of the whole run
-) -> Any:  # None: none
+def _profiler(profile: str, run_dir: Path, steps: int) -> Any:
     "Lightning's profiler, which leaves its report or trace in the run's folder."
     _choice("profile", profile, PROFILES)
     where = run_dir / "profile"
@@ -413,11 +396,7 @@ def _strategy(kind: str, many: int) -> Any:
 
 # %% ../../nbs/train/40_fit.ipynb #64f6d5c8
 def _make_trainer(
-    epochs: float,  # of the recipe
-    folder: Path,  # of the run's checkpoints
-    validate: bool,  # whether there are batches to validate on
-    callbacks: Sequence[pl.Callback],  # in the order they are called
-    **settings: Any,  # where it runs, and what watches it
+    epochs: float, folder: Path, validate: bool, callbacks: Sequence[pl.Callback], **settings: Any
 ) -> pl.Trainer:
     "A Trainer with nothing on that costs time and is not asked for."
     try:
@@ -439,11 +418,7 @@ def _make_trainer(
         raise ValueError(f"{where} cannot be used on this machine: {e}") from e
 
 # %% ../../nbs/train/40_fit.ipynb #b15828a8
-def _make_module(
-    recipe: Recipe,  # what to train and how
-    net: nn.Module,  # to be trained
-    steps: int,  # of the whole run
-) -> Classifier:
+def _make_module(recipe: Recipe, net: nn.Module, steps: int) -> Classifier:
     "The module that a recipe describes."
 
     def optimizer(net: nn.Module) -> torch.optim.Optimizer:
@@ -458,10 +433,7 @@ def _make_module(
     return Classifier(net, optimizer, schedule, steps, recipe.label_smoothing, recipe.tta, frozen)
 
 
-def _make_run_dir(
-    run_dir: str | Path,  # the run's folder
-    net: nn.Module,  # to be trained
-) -> Path:  # the same folder
+def _make_run_dir(run_dir: str | Path, net: nn.Module) -> Path:
     "The run's folder, with room for two checkpoints and without what a kill left half written."
     run_dir = Path(run_dir)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -471,10 +443,7 @@ def _make_run_dir(
     return run_dir
 
 # %% ../../nbs/train/40_fit.ipynb #c05f14bf
-def _apart(
-    fit: Callable[[], None],  # forks, and waits for its forks
-    stop: Callable[[], None],  # ends them
-) -> None:
+def _apart(fit: Callable[[], None], stop: Callable[[], None]) -> None:
     "Call it in a thread of its own, and raise here what it raises there."
     wrong: list[BaseException] = []
 
@@ -496,10 +465,7 @@ def _apart(
         raise wrong[0]
 
 # %% ../../nbs/train/40_fit.ipynb #7585d357
-def _train(
-    trainer: pl.Trainer,  # made for one process or several
-    fit: Callable[[], None],  # the Trainer's, with its arguments
-) -> None:
+def _train(trainer: pl.Trainer, fit: Callable[[], None]) -> None:
     "Run the Trainer, here or in processes of its own."
     if trainer.num_devices == 1:
         return fit()
@@ -513,9 +479,7 @@ def _train(
 
 # %% ../../nbs/train/40_fit.ipynb #66f141cd
 def _replay(
-    rows: Sequence[dict[str, Any]],  # of the history
-    loggers: Sequence[Any],  # Lightning loggers
-    on_metrics: Callable[[dict[str, Any]], None] | None,  # called with each row
+    rows: Sequence[dict[str, Any]], loggers: Sequence[Any], on_metrics: Callable[[dict[str, Any]], None] | None
 ) -> None:
     "Tell what other processes have done, as the Trainer would have told it."
     for row in rows:
@@ -553,14 +517,14 @@ def load_net(
 
 
 def _result(
-    trainer: pl.Trainer,  # when it is done
-    p: Prepared,  # what has learned
-    rows: list[dict[str, Any]],  # the history
-    losses: torch.Tensor,  # of each step that was taken
-    best_ckpt: Path,  # of the epoch to serve
-    batch_size: int,  # of the recipe
-    where: dict[str, Any],  # what several devices are; empty: the Trainer's own is asked
-    **what: Any,  # that epoch, the last checkpoint, precision, and reasons
+    trainer: pl.Trainer,
+    p: Prepared,
+    rows: list[dict[str, Any]],
+    losses: torch.Tensor,
+    best_ckpt: Path,
+    batch_size: int,
+    where: dict[str, Any],
+    **what: Any,
 ) -> Fit:
     "Gather what a fit gave."
     module: Any = trainer.lightning_module
@@ -587,23 +551,18 @@ def _result(
 
 # %% ../../nbs/train/40_fit.ipynb #a84d5203
 def _watch(
-    history: _History,  # keeps the rows
-    reading: _Reading,  # moves the loaders
-    callbacks: Sequence[pl.Callback],  # of the caller
-    early_stopping: int,  # patience in epochs; 0: off
-    keepers: Sequence[Checkpoint],  # what writes checkpoints
-) -> list[pl.Callback]:  # in the order they are called
+    history: _History,
+    reading: _Reading,
+    callbacks: Sequence[pl.Callback],
+    early_stopping: int,
+    keepers: Sequence[Checkpoint],
+) -> list[pl.Callback]:
     "Who follows a training; the history comes first, because the others read it."
     stopping = [_Stopping(history, early_stopping)] if early_stopping else []
     return [history, _Display(history.batch_size), reading, *callbacks, *stopping, *keepers]
 
 
-def _served(
-    rows: Sequence[Mapping[str, Any]],  # the whole history
-    n: int,  # validation rows
-    last: Path,  # the last checkpoint
-    folders: Iterable[Path],  # where best.ckpt may lie: this run's, and the one it goes on from
-) -> dict[str, Any]:  # epoch, epoch_reason, best_ckpt, last_ckpt
+def _served(rows: Sequence[Mapping[str, Any]], n: int, last: Path, folders: Iterable[Path]) -> dict[str, Any]:
     "Which epoch is served, and its checkpoint; where that was taken away, the last epoch is."
     epoch, reason = choose_epoch(rows, n)
     wanted = [(row["step"], row["seconds"]) for row in rows[:epoch]]

@@ -224,7 +224,7 @@ def probabilities(
     return (p + (net(x.flip(3)).float() / temperature).softmax(1)) / 2 if tta and x.ndim == 4 else p
 
 # %% ../../nbs/train/20_module.ipynb #3c612be4
-def _chance() -> dict[str, Any]:  # only what `torch.load(weights_only=True)` takes
+def _chance() -> dict[str, Any]:
     "Where the global generators of Python, NumPy and torch stand."
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -236,9 +236,7 @@ def _chance() -> dict[str, Any]:  # only what `torch.load(weights_only=True)` ta
     }
 
 
-def _restore_chance(
-    state: dict[str, Any],  # from `_chance`
-) -> None:
+def _restore_chance(state: dict[str, Any]) -> None:
     "Let the global generators go on where they stood."
     kind, keys, *rest = state["numpy"]
     random.setstate(state["python"])

@@ -86,10 +86,7 @@ def _as_tensor(images: np.ndarray) -> torch.Tensor:
     return x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
 
 
-def _check_small(
-    recipe: Recipe,  # names the network, and the size that images begin with
-    shape: tuple[int, ...],  # of an image: (C, H, W)
-) -> None:
+def _check_small(recipe: Recipe, shape: tuple[int, ...]) -> None:
     "Raise where the network cannot take images as small as the recipe makes them."
     if recipe.small and recipe.small_share:
         try:
@@ -98,12 +95,7 @@ def _check_small(
             raise ValueError(f"small: {recipe.small} pixels are too few for {recipe.model}: {e}") from e
 
 # %% ../../nbs/train/30_prepare.ipynb #fc23666c
-def _image_net(
-    recipe: Recipe,  # names the network
-    data: Data,  # has training images
-    seed: int,  # of the weights
-    sample: int,  # images to compute normalisation and whitening from
-) -> nn.Module:
+def _image_net(recipe: Recipe, data: Data, seed: int, sample: int) -> nn.Module:
     "A network for images."
     shape = data.images.shape[1:]
     shape = (shape[2], *shape[:2]) if len(shape) == 3 else (1, *shape)
@@ -151,11 +143,8 @@ def init_net(
 
 # %% ../../nbs/train/30_prepare.ipynb #d5b17211
 def _pieces(
-    inputs: np.ndarray | Tokens,  # images, features or tokens
-    batch_size: int,  # rows at a time
-    max_length: int = 512,  # of a text, in tokens
-    budget: int = 1 << 16,  # tokens at a time, padding included
-) -> Iterator[tuple[np.ndarray, torch.Tensor]]:  # row numbers, what the network reads
+    inputs: np.ndarray | Tokens, batch_size: int, max_length: int = 512, budget: int = 1 << 16
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     "All rows, a batch at a time."
     if isinstance(inputs, np.ndarray):
         for i in range(0, len(inputs), batch_size):
@@ -196,10 +185,7 @@ def predict(
     return out if len(inputs) else np.zeros((0, 0), np.float32)
 
 # %% ../../nbs/train/30_prepare.ipynb #1ab26c3f
-def _timed(
-    file: Path,  # what is kept
-    make: Callable[[], object],  # makes it
-) -> tuple[float, bool]:  # seconds that it took to make, and whether that was before
+def _timed(file: Path, make: Callable[[], object]) -> tuple[float, bool]:
     "Make a file, or take the one that is there; one that does not know what it cost is made anew."
     note = file.with_suffix(".json")
     try:
@@ -234,28 +220,20 @@ def read_inputs(
     return cached_tokens(*how), tokenizer
 
 
-def _train_rows(
-    recipe: Recipe,  # says which splits to train on
-    splits: dict[str, np.ndarray],  # rows of each
-) -> np.ndarray:  # row numbers
+def _train_rows(recipe: Recipe, splits: dict[str, np.ndarray]) -> np.ndarray:
     "The rows to train on."
     if recipe.train_on == "train":
         return splits["train"]
     return np.sort(np.concatenate([splits["train"], splits["val"]]))
 
 # %% ../../nbs/train/30_prepare.ipynb #5a25e344
-def _take(
-    tokens: Tokens,  # of all rows
-    rows: np.ndarray,  # which are wanted
-) -> Tokens:  # in memory
+def _take(tokens: Tokens, rows: np.ndarray) -> Tokens:
     "Some rows of tokens, in this order."
     parts = [tokens[int(row)] for row in rows]
     return Tokens(np.concatenate(parts), np.cumsum([0, *map(len, parts)], dtype=np.int64))
 
 
-def _weights_hash(
-    net: nn.Module,  # a network
-) -> str:  # 64 hexadecimal digits
+def _weights_hash(net: nn.Module) -> str:
     "A hash of all weights but the head's."
     digest = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
@@ -264,12 +242,7 @@ def _weights_hash(
     return digest.hexdigest()
 
 
-def _embed_texts(
-    net: nn.Module,  # has `embed`
-    tokens: Tokens,  # all rows
-    precision: str,  # "fp32" or "bf16"
-    max_length: int,  # of a text, in tokens
-) -> np.ndarray:  # (N, E), single precision
+def _embed_texts(net: nn.Module, tokens: Tokens, precision: str, max_length: int) -> np.ndarray:
     "The features of all texts."
     net = to_precision_(copy.deepcopy(net), precision).eval()
     parts: dict[int, torch.Tensor] = {}
@@ -374,12 +347,7 @@ class Prepared:
 
 # %% ../../nbs/train/30_prepare.ipynb #de297e7d
 def _prepare_probe(
-    recipe: Recipe,  # flip and dropout
-    data: Data,  # rows and labels
-    net: nn.Module,  # pretrained
-    inputs: np.ndarray | Tokens,  # all rows
-    cached: dict[str, float],  # what a cache had, to be added to
-    tokenizer: Any,
+    recipe: Recipe, data: Data, net: nn.Module, inputs: np.ndarray | Tokens, cached: dict[str, float], tokenizer: Any
 ) -> Prepared:
     "What a head reads, computed once."
     rows = np.concatenate([data.splits["train"], data.splits["val"]])
@@ -451,11 +419,7 @@ def lone_fields(
 _AUGMENT = ("flip", "shift", "cutout", "small", "crop", "crop_scale", "rotate", "colour", "erase", "mixup")
 
 
-def _batches(
-    recipe: Recipe,  # batch size and augmentation
-    p: Prepared,  # what is read
-    **options: Any,  # rows, seed, limit …
-) -> Any:  # Batches or TextBatches
+def _batches(recipe: Recipe, p: Prepared, **options: Any) -> Any:
     "Batches to train on."
     rows, size = options["rows"], recipe.batch_size
     options |= {"shuffle": True, "drop_last": len(rows) >= size}

@@ -42,13 +42,7 @@ PROFILES = ("none", "simple", "pytorch")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 # %% ../../nbs/train/10_recipe.ipynb #3ad5c7f8
-def _number(
-    name: str,  # what the value is called
-    value: Any,  # the value
-    low: float,  # least
-    high: float,  # greatest
-    open_low: bool = False,  # whether `low` itself is too low
-) -> None:
+def _number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
     "Raise unless `value` is a number in the range."
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not ok or (open_low and value == low):
@@ -58,21 +52,13 @@ def _number(
         )
 
 # %% ../../nbs/train/10_recipe.ipynb #c4b5c876
-def _whole(
-    name: str,  # what the value is called
-    value: Any,  # the value
-    low: int,  # least
-) -> None:
+def _whole(name: str, value: Any, low: int) -> None:
     "Raise unless `value` is a whole number of at least `low`."
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name}: expected a whole number of at least {low}, got {value!r}")
 
 
-def _choice(
-    name: str,  # what the value is called
-    value: Any,  # the value
-    choices: Sequence[str],  # what it may be
-) -> None:
+def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
     "Raise unless `value` is one of `choices`."
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.{nearest(str(value), choices)}")
@@ -329,20 +315,14 @@ def get_recipe(
     return dataclasses.replace(RECIPES[task][name], **overrides)
 
 # %% ../../nbs/train/10_recipe.ipynb #db908fa4
-def _is_a(
-    value: Any,  # any value
-    kind: Any,  # str, int, float or bool
-) -> bool:  # whether it is of that type; a whole number is a float, and a bool no number
+def _is_a(value: Any, kind: Any) -> bool:
     "Whether a value has the type that a parameter wants."
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _said(
-    check: Callable[..., object],  # raises `ValueError` for what is wrong
-    *args: Any,  # its arguments
-) -> list[str]:  # what it said; empty: nothing
+def _said(check: Callable[..., object], *args: Any) -> list[str]:
     "A check's objection, as a text."
     try:
         check(*args)
@@ -370,10 +350,7 @@ _ALONE: dict[str, tuple[type, Callable[[Any], None]]] = {
 }
 
 # %% ../../nbs/train/10_recipe.ipynb #94cf04f2
-def _conflicts(
-    plan: Recipe,  # the recipe with what replaces its fields
-    asked: Mapping[str, Any],  # parameters that are right alone
-) -> Iterator[str]:  # a sentence for each problem
+def _conflicts(plan: Recipe, asked: Mapping[str, Any]) -> Iterator[str]:
     "What cannot be had together."
     if asked.get("early_stopping") and plan.train_on == "train+val":
         yield (
@@ -396,9 +373,7 @@ def _conflicts(
         yield f"devices: expected 1 with the accelerator mps, got {devices}."
 
 # %% ../../nbs/train/10_recipe.ipynb #8c97b182
-def _base(
-    values: Mapping[str, Any],  # parameters
-) -> tuple[Recipe, list[str]]:  # the recipe that is named, or the default one, and what is wrong with the names
+def _base(values: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
     "The recipe that parameters begin from."
     task, name = values.get("task", "fashion_mnist"), values.get("recipe", DEFAULT_RECIPE)
     if not isinstance(task, str) or (found := _said(_choice, "task", task, tuple(RECIPES))):

@@ -76,10 +76,7 @@ def wandb_login() -> tuple[
 MODES = WANDB_MODES
 
 
-def _reachable(
-    url: str,  # address of a server
-    timeout: float = 2,  # seconds to wait
-) -> bool:  # whether it takes a connection; behind a proxy the answer is the proxy's, so it is believed
+def _reachable(url: str, timeout: float = 2) -> bool:
     "Whether a server answers at all, asked quickly."
     parts = urllib.parse.urlsplit(url)
     if urllib.request.getproxies().get(parts.scheme) and not urllib.request.proxy_bypass(parts.hostname or ""):
@@ -131,9 +128,7 @@ def wandb_config(
     return {**run.record["parameters"], **found}
 
 # %% ../../nbs/train/50_tracking.ipynb #11647ec1
-def _finish_open(
-    experiment: Any,  # a W&B run
-) -> None:
+def _finish_open(experiment: Any) -> None:
     "At exit: a W&B run that nobody finished has failed."
     import wandb
 
@@ -146,11 +141,7 @@ def _finish_open(
 _PATIENCE = {"run": 60.0, "artifacts": 600.0}  # seconds to wait, at the end, for what is still to be sent
 
 
-def _start(
-    mode: str,  # "online" or "offline"
-    sends: str = "run",  # or "artifacts": what it is for
-    **fields: Any,  # what `wandb.init` is told
-) -> Any:  # a W&B run
+def _start(mode: str, sends: str = "run", **fields: Any) -> Any:
     "Start a W&B run that prints nothing and is not waited for; offline where online fails."
     import wandb
 
@@ -278,11 +269,7 @@ def finish_wandb(
         upload_artifacts(run.path)
 
 # %% ../../nbs/train/50_tracking.ipynb #183b9d90
-def _log_artifacts(
-    record: Mapping[str, Any],  # run.json
-    folder: Path,  # the run's folder
-    found: Mapping[str, Path],  # what to upload, by name
-) -> Exception | None:  # what went wrong
+def _log_artifacts(record: Mapping[str, Any], folder: Path, found: Mapping[str, Path]) -> Exception | None:
     "Add files and folders to a W&B run that has ended well, and end it well again, whatever becomes of them."
     import wandb
 
