@@ -131,6 +131,11 @@ def _covered(x: _Images, rng: np.random.Generator) -> _Images:
     return out
 
 
+def _shifted(x: _Images, _: np.random.Generator, way: tuple[int, int]) -> _Images:
+    "Moved by so many pixels."
+    return moved(x, *way)
+
+
 def image_corruptions(
     edge: int,  # pixels of a side
     channels: int = 1,  # 1 or 3
@@ -148,7 +153,7 @@ def image_corruptions(
         "noise": [partial(_noisy, spread=10)],
         "strong noise": [partial(_noisy, spread=40)],
         "blurred": [_each(partial(_blurred, share=0.7 / 28))],
-        f"moved by {step} px": [lambda x, _, way=way: moved(x, *way) for way in ways],
+        f"moved by {step} px": [partial(_shifted, way=way) for way in ways],
         "rotated by 20 degrees": [_each(partial(_rotated, degrees=d)) for d in (20, -20)],
         "upside down": [lambda x, _: x[:, ::-1]],
         "smaller in the frame": [_each(partial(_zoomed, factor=0.7))],
@@ -535,7 +540,8 @@ def make_reference(
     "Give a bundle its reference: validation rows as its model sees them, and fingerprints."
     _check_data(bundle, data)
     file = io.BytesIO()
-    np.savez_compressed(file, **_arrays(bundle, data, seed))
+    arrays: Any = _arrays(bundle, data, seed)
+    np.savez_compressed(file, **arrays)
     with staged(bundle.path, replace=True) as new:
         for name in bundle.manifest["files"]:
             if name != FILE:

@@ -44,9 +44,9 @@ class Window:
 
     def take(self, which: np.ndarray) -> "Window":
         "Some of its rows."
-        texts = ([values[i] for i in which] for values in (self.times, self.clients, self.inputs))
-        labellers = tuple(self.labellers[i] for i in which)
-        return Window(self.rows.take(which), *map(tuple, texts), self.labels[which], labellers, self.left_out)
+        columns = (self.times, self.clients, self.inputs, self.labellers)
+        times, clients, inputs, labellers = (tuple(values[i] for i in which) for values in columns)
+        return Window(self.rows.take(which), times, clients, inputs, self.labels[which], labellers, self.left_out)
 
 # %% ../../nbs/monitor/20_drift.ipynb #d21f7007
 def _decoded(value: Any) -> Mapping[str, Any]:
@@ -83,7 +83,8 @@ def read_window(
 ) -> Window:  # in the order of time
     "Make numbers of logged predictions."
     width, names = len(reference.center), reference.meta["features"]
-    kept, left_out = [], Counter()
+    kept: list[Mapping[str, Any]] = []
+    left_out: Counter[str] = Counter()
     for row in logged:
         if why := _usable(row, version, classes, width):
             left_out[why] += 1
@@ -200,11 +201,11 @@ def compare(
     if "inputs" in names:
         groups["inputs"] = ks_columns(rows.features.astype(np.float32), reference.features, reference.meta["features"])
     if "predictions" in names:
-        counts = [np.bincount(p.argmax(1), minlength=k) for p in (own, usual)]
-        groups["predictions"] = [chi2_counts(*counts, "predicted class", classes)]
+        now, then = (np.bincount(p.argmax(1), minlength=k) for p in (own, usual))
+        groups["predictions"] = [chi2_counts(now, then, "predicted class", classes)]
     if "confidence" in names:
         titles = ["confidence", *(f"probability of {classes[i]}" for i in shown)]
-        groups["confidence"] = ks_columns(*sure, titles)
+        groups["confidence"] = ks_columns(sure[0], sure[1], titles)
     if "embedding" in names:
         groups["embedding"] = ks_columns(projected, reference.projected, directions)
     if "together" in names:
@@ -277,13 +278,12 @@ def estimate_accuracy(
     right = (usual.argmax(1) == reference.labels).astype(np.float64)
     start, n = float(right.mean()), len(rows)
     conf, before_conf = own.max(1), usual.max(1)
+    near = [np.column_stack([p.max(1), z[:, -1]]) for p, z in ((own, projected), (usual, reference.projected))]
     found = {
         "confidence": start + conf.mean() - before_conf.mean(),
         "threshold": _threshold(conf, before_conf, start),
         "threshold on entropy": _threshold(-_entropy(own), -_entropy(usual), start),
-        "alike": _alike(
-            *(np.column_stack([p.max(1), z[:, -1]]) for p, z in ((own, projected), (usual, reference.projected))), right
-        ),
+        "alike": _alike(near[0], near[1], right),
     }
     found = {name: min(1.0, max(0.0, float(value) + before - start)) for name, value in found.items()}
     if like:
@@ -462,8 +462,8 @@ def _what(report: Report) -> Iterator[str]:
     "What changed."
     for why, n in report.left_out.items():
         yield f"Left out: {n:,} {why}."
-    for f in report.faults:
-        yield f"{f.rows:,} rows ({f.share:.1%}; {f.usual:.1%} in the reference): {f.what}."
+    for fault in report.faults:
+        yield f"{fault.rows:,} rows ({fault.share:.1%}; {fault.usual:.1%} in the reference): {fault.what}."
     if report.verdict == TOO_FEW:
         yield f"{report.rows:,} rows are too few for a verdict; {LEAST} at least."
         return
@@ -546,9 +546,10 @@ def named(
         return []
     vector = reference.scale.signatures(columns_of(rows, projected)).mean(0)
     found = name_window(vector, len(rows), reference.own, reference.prints, reference.accuracy)
-    best, *others = [m for m in found if m.explained >= FITS][:2] or [None]
-    if best is None:
+    fitting = [m for m in found if m.explained >= FITS][:2]
+    if not fitting:
         return []
+    best, *others = fitting
     return [best, *(m for m in others if m.score - best.score < 0.5 and abs(m.accuracy - best.accuracy) < MATTERS)]
 
 

@@ -121,8 +121,8 @@ def _quick_gap(x: np.ndarray, y: np.ndarray) -> float:
     if (counts[0] + counts[1])[open_bins].sum() > (n + m) // 20:
         open_bins &= _mixed(x, y, where)
     if open_bins.any():
-        parts = [v[open_bins[i]] for v, i in zip((x, y), where, strict=True)]
-        best = max(best, _inside(*parts, sum(counts)[open_bins], before[open_bins], n, m))
+        inner, outer = (v[open_bins[i]] for v, i in zip((x, y), where, strict=True))
+        best = max(best, _inside(inner, outer, (counts[0] + counts[1])[open_bins], before[open_bins], n, m))
     return best / (n * m)
 
 # %% ../../nbs/monitor/10_tests.ipynb #a18e0013
@@ -197,7 +197,7 @@ def chi2_counts(
     if a.shape != b.shape or a.ndim != 1 or (a < 0).any() or (b < 0).any():
         raise ValueError(f"expected two rows of as many counts, got {a.shape} and {b.shape}")
     n, m = int(a.sum()), int(b.sum())
-    new = [str(classes[i] if classes else i) for i in np.flatnonzero((a > 0) & (b == 0))]
+    new = [str(classes[int(i)] if classes else i) for i in np.flatnonzero((a > 0) & (b == 0))]
     note = f"not in the reference: {', '.join(new[:5])}" if new else ""
     if not (n and m):
         return Test(name, "chi2", 0.0, 1.0, n, m, f"no rows in the {'reference' if n else 'window'}")
