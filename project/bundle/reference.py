@@ -472,7 +472,7 @@ def _check_data(bundle: Bundle, data: Any) -> None:
             f"{len(data.classes)} classes. Give the data that it was trained on: project data build {bundle.task}"
         )
 
-
+# %% ../../nbs/bundle/70_reference.ipynb #b70e1f01
 def _arrays(
     bundle: Bundle,  # an open bundle
     data: Any,  # of its task
