@@ -1663,7 +1663,10 @@ _EXAMPLES |= {
     "promote": ["project promote", "project promote last --yes", "project promote -p slower 3"],
     "serve": ["project serve", "project serve --task fashion_mnist --port 8080 --workers 2"],
     "predict": ["project predict shirt.png", "project predict photos --task fashion_mnist --out answers.csv"],
-    "drift": ["project drift fashion_mnist --rows 500", "project drift fashion_mnist --since 24h --html drift.html"],
+    "drift": [
+        "project drift fashion_mnist --rows 500",
+        "project drift fashion_mnist --since 24h --html out/drift.html",
+    ],
     "predictions list": ["project predictions list --since 24h", "project predictions list -n 5 --json"],
     "predictions export": ["project predictions export answers.parquet --since 7d"],
     "predictions purge": ["project predictions purge --days 30 --yes"],

@@ -477,7 +477,7 @@ def _check_data(bundle: Bundle, data: Any) -> None:
             f"{len(data.classes)} classes. Give the data that it was trained on: project data build {bundle.task}"
         )
 
-
+# %% ../../nbs/bundle/70_reference.ipynb #b70e1f01
 def _arrays(bundle: Bundle, data: Any, seed: int) -> dict[str, np.ndarray]:
     "Look at the rows, and replay the corruptions."
     session, spec = onnx_session(bundle), bundle.manifest["input"]

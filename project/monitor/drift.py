@@ -552,7 +552,7 @@ def named(
     best, *others = fitting
     return [best, *(m for m in others if m.score - best.score < 0.5 and abs(m.accuracy - best.accuracy) < MATTERS)]
 
-
+# %% ../../nbs/monitor/20_drift.ipynb #d21f7a02
 def report_on(
     window: Window,
     reference: Reference,
