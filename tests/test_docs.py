@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from html import unescape
 from pathlib import Path
 
 import click
@@ -80,27 +81,40 @@ def read(site, name):
 
 
 def test_every_link_is_there(site):
-    assert len(list(site.glob("*.html"))) > 50
+    assert len(list(site.rglob("*.html"))) > 50
     assert DOCS.broken_links(site) == []
 
 
 def test_links_between_pages_stay_on_the_site(site):
-    hosts = {m for p in site.glob("*.html") for m in re.findall(r'href="https?://([^/"]+)', p.read_text("utf-8"))}
+    hosts = {m for p in site.rglob("*.html") for m in re.findall(r'href="https?://([^/"]+)', p.read_text("utf-8"))}
     assert "github.com" in hosts and not {h for h in hosts if h.endswith(".github.io")}
-    assert re.search(r'href="runs\.receipt\.html#\w+', read(site, "runs.compare.html"))
+    assert re.search(r'href="receipt\.html#\w+', read(site, "runs/compare.html"))  # of its own floor
+    assert re.search(r'href="\.\./runs/receipt\.html#\w+', read(site, "bundle/gate.html"))  # of another one
+
+
+def test_each_floor_has_a_section_and_a_page(site):
+    """The sidebar leads to a floor's page, which says what it owns and lists each of its notebooks."""
+    front = read(site, "index.html")
+    for name, floor in DOCS.FLOORS.items():
+        page = read(site, f"{name}/index.html")
+        assert f'href="{name}/index.html"' in front.replace('href="./', 'href="') and unescape(floor["title"]) in front
+        assert floor["owns"].split(":")[0] in unescape(re.sub(r"<[^>]+>", "", page))
+        for path in (ROOT / "nbs" / name).glob("[0-9]*.ipynb"):
+            assert f'href="{path.stem.partition("_")[2]}.html"' in page, path.name
+    assert re.search(r'<img[^>]+alt="\d+ floors, from the ground up', front)
 
 
 def test_links_to_the_source_follow_the_settings(site):
     blobs = {
-        m for p in site.glob("*.html") for m in re.findall(r"github\.com/([^\"]+?)/project/", p.read_text("utf-8"))
+        m for p in site.rglob("*.html") for m in re.findall(r"github\.com/([^\"]+?)/project/", p.read_text("utf-8"))
     }
     assert blobs == {"somebody-else/mlops-notebooks/blob/trunk"}
-    issues = set(re.findall(r"https://github\.com/([\w-]+)/[\w-]+/issues/new", read(site, "cli.html")))
+    issues = set(re.findall(r"https://github\.com/([\w-]+)/[\w-]+/issues/new", read(site, "cli/cli.html")))
     assert issues == {"somebody-else"}
 
 
 def test_no_links_are_written_out_in_code(site):
-    for path in site.glob("*.html"):
+    for path in site.rglob("*.html"):
         shown = re.findall(r"<pre\b.*?</pre>", path.read_text(encoding="utf-8"), re.S)
         assert not [s for s in shown if re.search(r"`\]\([\w.-]+\.html", re.sub(r"<[^>]+>", "", s))], path.name
 
@@ -150,7 +164,7 @@ def test_links_that_are_not_there_are_found(tmp_path):
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_page_of_commands_has_each_with_options_and_examples(site, words):
-    page, command = read(site, "cli.html"), COMMANDS[words]
+    page, command = read(site, "cli/cli.html"), COMMANDS[words]
     assert f"<code>{words}</code>" in page
     plain = re.sub(r"<[^>]+>", "", page)
     for option in [p for p in command.params if isinstance(p, click.Option)]:
@@ -182,8 +196,8 @@ def test_tables_fit(browser, address, site, width, phone):
     }).map((t) => t.innerText.slice(0, 60)))"""
     tab = browser.open(f"{address}/index.html", width=width, phone=phone)
     try:
-        for path in sorted(site.glob("*.html")):
-            tab.go(f"{address}/{path.name}")
+        for path in sorted(site.rglob("*.html")):
+            tab.go(f"{address}/{path.relative_to(site).as_posix()}")
             assert json.loads(tab.run(over)) == [], path.name
             assert tab.run("document.documentElement.scrollWidth") <= width, path.name
         assert [url for url in tab.requests if not url.startswith((address, "data:"))] == []
