@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -172,6 +172,9 @@ def settle(processed, config):
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
                 data.update({k: plain_fences("".join(v)) for k, v in data.items() if k == "text/markdown"})
+                if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):  # not every renderer takes it
+                    image = "".join(data.pop("image/png")).replace("\n", "")
+                    data["text/html"] = f'<img src="data:image/png;base64,{image}" alt="{escape(alt)}">'
         path.write_text(json.dumps(notebook), encoding="utf-8")
 
 

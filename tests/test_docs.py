@@ -89,7 +89,7 @@ def test_links_between_pages_stay_on_the_site(site):
     hosts = {m for p in site.rglob("*.html") for m in re.findall(r'href="https?://([^/"]+)', p.read_text("utf-8"))}
     assert "github.com" in hosts and not {h for h in hosts if h.endswith(".github.io")}
     assert re.search(r'href="receipt\.html#\w+', read(site, "runs/compare.html"))  # of its own floor
-    assert re.search(r'href="\.\./runs/receipt\.html#\w+', read(site, "bundle/gate.html"))  # of another one
+    assert re.search(r'href="\.\./data/\w+\.html#\w+', read(site, "train/crossval.html"))  # of another one
 
 
 def test_each_floor_has_a_section_and_a_page(site):
@@ -98,10 +98,23 @@ def test_each_floor_has_a_section_and_a_page(site):
     for name, floor in DOCS.FLOORS.items():
         page = read(site, f"{name}/index.html")
         assert f'href="{name}/index.html"' in front.replace('href="./', 'href="') and unescape(floor["title"]) in front
-        assert floor["owns"].split(":")[0] in unescape(re.sub(r"<[^>]+>", "", page))
+        assert floor["owns"].split(":")[0].replace("`", "") in unescape(re.sub(r"<[^>]+>", "", page))
         for path in (ROOT / "nbs" / name).glob("[0-9]*.ipynb"):
             assert f'href="{path.stem.partition("_")[2]}.html"' in page, path.name
     assert re.search(r'<img[^>]+alt="\d+ floors, from the ground up', front)
+
+
+def test_figures_have_their_words(site):
+    """An alternative text of a figure's output is in the page, whatever the renderer does with it."""
+    for name in ("index", "train", "evaluate"):
+        told = [
+            output["metadata"]["image/png"]["alt"]
+            for cell in json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+            for output in cell.get("outputs", [])
+            if "alt" in output.get("metadata", {}).get("image/png", {})
+        ]
+        page = unescape(read(site, f"{name}.html"))
+        assert told and all(f'alt="{text}"' in page for text in told)
 
 
 def test_links_to_the_source_follow_the_settings(site):

@@ -297,7 +297,7 @@ def test_a_cross_validated_figure_stands_beside_the_test_set():
     found = {row["task"]: row for row in rows()}
     assert found["dog_breeds"]["cross"]["run"] == run and found["fake_news"]["cross"] is None
     low, high = wilson_interval(0.98 * 1789, 1789)
-    shown = f"98.00 ({100 * low:.1f} to {100 * high:.1f} of 1,789, 10 folds)"
+    shown = f"98.00, {100 * low:.1f} to {100 * high:.1f} (1,789)"
     assert result_texts(rows())[0]["cross-validated, %"] == shown
 
 

@@ -188,7 +188,7 @@ def _folds(cross: Mapping[str, Any] | None) -> str:
     if not cross:
         return ""
     low, high = wilson_interval(cross["acc"] * cross["n"], cross["n"])
-    return f"{100 * cross['acc']:.2f} ({100 * low:.1f} to {100 * high:.1f} of {cross['n']:,}, {cross['folds']} folds)"
+    return f"{100 * cross['acc']:.2f}, {100 * low:.1f} to {100 * high:.1f} ({cross['n']:,})"
 
 # %% ../../nbs/runs/90_results.ipynb #c7000011
 def result_texts(
