@@ -260,6 +260,7 @@ VARIABLES = {
     "PROJECT_REAL_DATA": "folder of real files, for tests",
     "PROJECT_TEST_SEED": "seed of the tests' order",
     "PROJECT_TEST_THREADS": "threads of the tests' kernels",
+    "PROJECT_TEST_WITHOUT": "packages that tests do not import, as they cost time",
 }
 
 # %% ../nbs/core/00_core.ipynb #39a90995

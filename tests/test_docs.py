@@ -89,7 +89,7 @@ def test_links_between_pages_stay_on_the_site(site):
     hosts = {m for p in site.rglob("*.html") for m in re.findall(r'href="https?://([^/"]+)', p.read_text("utf-8"))}
     assert "github.com" in hosts and not {h for h in hosts if h.endswith(".github.io")}
     assert re.search(r'href="receipt\.html#\w+', read(site, "runs/compare.html"))  # of its own floor
-    assert re.search(r'href="\.\./data/\w+\.html#\w+', read(site, "train/crossval.html"))  # of another one
+    assert re.search(r'href="\.\./\w+/\w+\.html#\w+', read(site, "bundle/manifest.html"))  # of another one
 
 
 def test_each_floor_has_a_section_and_a_page(site):

@@ -246,7 +246,7 @@ def known():
 def test_every_name_in_the_repository_is_known_and_every_known_name_is_used():
     places = [
         "project/**/*.py",
-        "nbs/*.ipynb",
+        "nbs/**/*.ipynb",
         "tests/**/*.py",
         "docker/*",
         ".github/**/*.yml",
